@@ -1,0 +1,47 @@
+# fastapi-headroom. `make` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DURATION ?=
+FAULT ?=
+SCALE ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench packs soak clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "==> virtual environment in $(VENV) (a minute or two the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: run make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: run apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready ## run the shop with everything around it; DURATION=120 FAULT=loop_block proves an alert
+	@$(BIN)/python -m demo_app demo $(if $(DURATION),--duration $(DURATION)) $(if $(FAULT),--fault $(FAULT)) $(if $(SCALE),--scale $(SCALE))
+
+test: $(VENV)/.ready ## run the tests, with real servers
+	@$(BIN)/python -m demo_app servers
+	@$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/.ready ## run the long proofs
+	@$(BIN)/python -m demo_app servers
+	@$(BIN)/python -m pytest -m soak --timeout 3600
+
+check: $(VENV)/.ready ## lint, types, and generated files that differ from their source
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m fastapi_headroom.pack --check
+
+packs: $(VENV)/.ready ## write dashboards, rules and docs/metrics.md anew
+	@$(BIN)/python -m fastapi_headroom.pack
+
+bench: $(VENV)/.ready ## measure against peers, as ratios in one run
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove what make made
+	rm -rf $(VENV) .demo dist build

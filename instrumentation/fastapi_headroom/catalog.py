@@ -1,0 +1,431 @@
+"""Every metric that fastapi-headroom writes: the one place where names, labels and buckets live.
+
+Probes write only rows of this catalog, boards and rules may name only these, and
+``docs/metrics.md`` is generated from it. Names follow OpenTelemetry's semantic conventions in
+their Prometheus form where they have one, and start with ``headroom_`` where they have none.
+Units are base units (seconds, bytes, ratios from 0 to 1); counters end in ``_total``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+Stem = Literal["request", "pool", "cache", "loop", "queue", "runtime", "self"]
+Mode = Literal["livesum", "livemax", "livemin", "livemostrecent"]
+
+H14 = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+"""Bounds for requests and jobs, in seconds (OpenTelemetry's advice for HTTP durations)."""
+W = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0)
+"""Bounds for waits, in seconds: from a free connection to a pool time-out."""
+SIZES = (100.0, 1e3, 1e4, 1e5, 1e6, 1e7)
+"""Bounds for bodies, in bytes."""
+HOLDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+OPERATIONS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+QUERY_COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
+LIFETIMES = (1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    """One row of the contract.
+
+    ``mode`` says how the values of several workers become one (gauges only; prometheus_client's
+    multiprocess modes). ``buckets`` are upper bounds in the metric's unit, without ``+Inf``.
+    """
+
+    name: str
+    kind: Kind
+    stem: Stem
+    labels: tuple[str, ...]
+    help: str
+    unit: str = ""
+    buckets: tuple[float, ...] = ()
+    mode: Mode = "livesum"
+    see_also: tuple[str, ...] = field(default=())
+
+    @property
+    def family(self) -> str:
+        """The name without ``_total``: how prometheus_client and OpenMetrics call a counter."""
+        return self.name.removesuffix("_total") if self.kind == "counter" else self.name
+
+
+ALL: list[Metric] = []
+
+
+def _add(metric: Metric) -> Metric:
+    ALL.append(metric)
+    return metric
+
+
+def _counter(name: str, stem: Stem, labels: tuple[str, ...], text: str, unit: str = "") -> Metric:
+    return _add(Metric(name, "counter", stem, labels, text, unit))
+
+
+def _gauge(
+    name: str, stem: Stem, labels: tuple[str, ...], text: str, unit: str = "", mode: Mode = "livesum"
+) -> Metric:
+    return _add(Metric(name, "gauge", stem, labels, text, unit, mode=mode))
+
+
+def _histogram(
+    name: str, stem: Stem, labels: tuple[str, ...], text: str, buckets: tuple[float, ...], unit: str = "seconds"
+) -> Metric:
+    return _add(Metric(name, "histogram", stem, labels, text, unit, buckets))
+
+
+# ------------------------------------------------------------------ request
+_METHOD, _ROUTE = "http_request_method", "http_route"
+REQUEST_DURATION = _histogram(
+    "http_server_request_duration_seconds",
+    "request",
+    (_METHOD, _ROUTE, "http_response_status_code", "error_type"),
+    "Time from the call of the app to the last byte of the body; streams are left out.",
+    H14,
+)
+REQUEST_LATENCY = _histogram(
+    "headroom_request_latency_seconds",
+    "request",
+    (_ROUTE,),
+    "Latency as the client felt it: the wait in the accept queue and the duration.",
+    H14,
+)
+REQUESTS_ACTIVE = _gauge(
+    "http_server_active_requests", "request", (_METHOD,), "Requests in flight.", "requests"
+)
+REQUEST_BODY_SIZE = _histogram(
+    "http_server_request_body_size_bytes", "request", (_METHOD, _ROUTE), "Size of request bodies.", SIZES, "bytes"
+)
+RESPONSE_BODY_SIZE = _histogram(
+    "http_server_response_body_size_bytes", "request", (_METHOD, _ROUTE), "Size of response bodies.", SIZES, "bytes"
+)
+REQUESTS = _counter(
+    "headroom_requests_total",
+    "request",
+    (_ROUTE, "outcome"),
+    "Requests by outcome: ok, client_error or error. There from the start with 0 for every route.",
+    "requests",
+)
+WORKER_REQUESTS = _counter(
+    "headroom_worker_requests_total", "request", ("worker",), "Requests by worker slot: shows skew.", "requests"
+)
+TIME_TO_FIRST_BYTE = _histogram(
+    "headroom_request_time_to_first_byte_seconds",
+    "request",
+    (_ROUTE,),
+    "Time from the call of the app to the first byte of the response, streams too.",
+    H14,
+)
+WEBSOCKET_CONNECTIONS = _gauge(
+    "headroom_websocket_connections", "request", (_ROUTE,), "Open WebSocket connections.", "connections"
+)
+WEBSOCKET_MESSAGES = _counter(
+    "headroom_websocket_messages_total", "request", (_ROUTE, "direction"), "WebSocket messages.", "messages"
+)
+STREAM_LIFETIME = _histogram(
+    "headroom_stream_lifetime_seconds",
+    "request",
+    (_ROUTE, "kind"),
+    "How long streams stayed open, by kind: sse, stream or websocket.",
+    LIFETIMES,
+)
+REQUEST_STAGE = _counter(
+    "headroom_request_stage_seconds_total",
+    "request",
+    (_ROUTE, "stage"),
+    "The wait ledger: where the time of requests went. The stages sum to their durations.",
+    "seconds",
+)
+LOOP_HOLD = _histogram(
+    "headroom_request_loop_hold_seconds",
+    "request",
+    (_ROUTE,),
+    "The longest time that a request held the event loop in one go.",
+    W,
+)
+REQUEST_QUERIES = _histogram(
+    "headroom_request_queries", "request", (_ROUTE,), "SQL statements per request.", QUERY_COUNTS, ""
+)
+REQUEST_DISCONNECTS = _counter(
+    "headroom_request_disconnects_total",
+    "request",
+    (_ROUTE,),
+    "Requests whose client went away before the response was complete.",
+    "requests",
+)
+
+# --------------------------------------------------------------------- pool
+_POOL = "db_client_connection_pool_name"
+POOL_WAIT = _histogram(
+    "db_client_connection_wait_time_seconds",
+    "pool",
+    (_POOL,),
+    "Time that a checkout waited for a connection, without connecting and pre-ping.",
+    W,
+)
+POOL_CREATE = _histogram(
+    "db_client_connection_create_time_seconds", "pool", (_POOL,), "Time to open a new connection.", W
+)
+POOL_USE = _histogram(
+    "db_client_connection_use_time_seconds", "pool", (_POOL,), "Time from checkout to checkin.", HOLDS
+)
+POOL_COUNT = _gauge(
+    "db_client_connection_count",
+    "pool",
+    (_POOL, "db_client_connection_state"),
+    "Connections of the pool by state: idle or used.",
+    "connections",
+)
+POOL_MAX = _gauge(
+    "db_client_connection_max",
+    "pool",
+    (_POOL,),
+    "Connections that the pool may open: size and overflow. No series where there is no limit.",
+    "connections",
+)
+POOL_IDLE_MAX = _gauge(
+    "db_client_connection_idle_max", "pool", (_POOL,), "Connections that the pool keeps open: its size.", "connections"
+)
+POOL_PENDING = _gauge(
+    "db_client_connection_pending_requests", "pool", (_POOL,), "Checkouts that wait for a connection now.", "requests"
+)
+POOL_TIMEOUTS = _counter(
+    "db_client_connection_timeouts_total", "pool", (_POOL,), "Checkouts that gave up after pool_timeout.", "timeouts"
+)
+POOL_OVERFLOW = _gauge(
+    "headroom_pool_overflow", "pool", (_POOL,), "Connections open beyond the pool's size.", "connections"
+)
+POOL_INVALIDATIONS = _counter(
+    "headroom_pool_invalidations_total", "pool", (_POOL,), "Connections thrown away as broken.", "connections"
+)
+POOL_WAIT_BY_ROUTE = _counter(
+    "headroom_pool_wait_seconds_total", "pool", (_POOL, _ROUTE), "Time waited for connections: the victims.", "seconds"
+)
+POOL_HOLD_BY_ROUTE = _counter(
+    "headroom_pool_hold_seconds_total", "pool", (_POOL, _ROUTE), "Time connections were held: the culprits.", "seconds"
+)
+POOL_IDLE_HOLD_BY_ROUTE = _counter(
+    "headroom_pool_idle_hold_seconds_total",
+    "pool",
+    (_POOL, _ROUTE),
+    "Time connections were held while no statement ran on them.",
+    "seconds",
+)
+DB_OPERATION_DURATION = _histogram(
+    "db_client_operation_duration_seconds",
+    "pool",
+    ("db_system_name", "db_operation_name", "error_type"),
+    "Time of SQL statements.",
+    OPERATIONS,
+)
+
+# -------------------------------------------------------------------- cache
+CACHE_REQUESTS = _counter(
+    "headroom_cache_requests_total",
+    "cache",
+    ("cache", "key_pattern", "result"),
+    "Cache look-ups by result: hit, miss, stale or error. Keys are folded to patterns.",
+    "requests",
+)
+CACHE_OPERATION_DURATION = _histogram(
+    "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
+)
+CACHE_MEMORY = _gauge(
+    "headroom_cache_memory_bytes", "cache", ("cache",), "Memory that the cache server uses.", "bytes", "livemax"
+)
+CACHE_MEMORY_LIMIT = _gauge(
+    "headroom_cache_memory_limit_bytes", "cache", ("cache",), "Memory that the cache server may use.", "bytes", "livemax"
+)
+CACHE_EVICTIONS = _counter(
+    "headroom_cache_evictions_total", "cache", ("cache",), "Keys that the cache server evicted for memory.", "keys"
+)
+
+# --------------------------------------------------------------------- loop
+LOOP_DELAY = _histogram(
+    "headroom_event_loop_delay_seconds",
+    "loop",
+    ("worker",),
+    "How late the event loop runs what is due; beats that a stuck loop missed are filled in.",
+    W,
+)
+LOOP_DELAY_MAX = _gauge(
+    "headroom_event_loop_delay_max_seconds", "loop", ("worker",), "Longest delay of the last 15 seconds.", "seconds"
+)
+LOOP_UTILIZATION = _gauge(
+    "headroom_event_loop_utilization_ratio", "loop", ("worker",), "Share of time that the loop was held.", "ratio"
+)
+LOOP_CPU = _gauge(
+    "headroom_event_loop_cpu_ratio", "loop", ("worker",), "CPU share of the event loop's thread.", "ratio"
+)
+LOOP_BLOCKED = _counter(
+    "headroom_event_loop_blocked_seconds_total",
+    "loop",
+    ("site", "cause"),
+    "Time that the loop was blocked, by the code that held it and what it did: python, native, io, gil, gc, starved.",
+    "seconds",
+)
+LOOP_BLOCKS = _counter(
+    "headroom_event_loop_blocks_total", "loop", ("site", "cause"), "How often the loop was blocked.", "blocks"
+)
+LOOP_TASKS = _gauge("headroom_event_loop_tasks", "loop", ("worker",), "Tasks alive on the loop.", "tasks")
+THREADPOOL_TOKENS = _gauge(
+    "headroom_threadpool_tokens",
+    "loop",
+    ("state",),
+    "AnyIO's threadpool for sync endpoints: used, limit, and tasks waiting for a thread.",
+    "tokens",
+)
+THREADPOOL_WAIT = _histogram(
+    "headroom_threadpool_wait_seconds", "loop", (), "Time that a task waited for a thread of AnyIO's pool.", W
+)
+
+# -------------------------------------------------------------------- queue
+_SYSTEM, _QUEUE = "messaging_system", "messaging_destination_name"
+QUEUE_DEPTH = _gauge(
+    "headroom_queue_depth", "queue", (_SYSTEM, _QUEUE, "priority"), "Jobs ready to run.", "jobs", "livemax"
+)
+QUEUE_DELAYED = _gauge(
+    "headroom_queue_delayed",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs scheduled for later; not backlog.",
+    "jobs",
+    "livemax",
+)
+QUEUE_IN_PROGRESS = _gauge(
+    "headroom_queue_in_progress",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs handed to a consumer and not yet acknowledged.",
+    "jobs",
+    "livemax",
+)
+QUEUE_OLDEST_AGE = _gauge(
+    "headroom_queue_oldest_age_seconds",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Age of the oldest job that is ready to run; 0 when there is none.",
+    "seconds",
+    "livemax",
+)
+QUEUE_WAIT = _histogram(
+    "headroom_queue_wait_seconds", "queue", (_SYSTEM, _QUEUE), "Time from enqueue to start.", QUEUE_WAITS
+)
+PROCESS_DURATION = _histogram(
+    "messaging_process_duration_seconds",
+    "queue",
+    (_SYSTEM, _QUEUE, "headroom_task", "error_type"),
+    "Run time of jobs.",
+    H14,
+)
+PUBLISH_DURATION = _histogram(
+    "messaging_client_operation_duration_seconds",
+    "queue",
+    (_SYSTEM, "messaging_operation_name", _QUEUE),
+    "Time to hand a job to the queue.",
+    H14,
+)
+QUEUE_RETRIES = _counter(
+    "headroom_queue_retries_total", "queue", (_SYSTEM, _QUEUE, "headroom_task"), "Jobs that asked for a retry.", "jobs"
+)
+BACKGROUND_TASKS = _gauge(
+    "headroom_background_tasks", "queue", ("headroom_task",), "BackgroundTasks that run now.", "tasks"
+)
+BACKGROUND_TASK_DURATION = _histogram(
+    "headroom_background_task_duration_seconds", "queue", ("headroom_task",), "Run time of BackgroundTasks.", H14
+)
+
+# ------------------------------------------------------------------ runtime
+PROCESS_MEMORY = _gauge(
+    "process_resident_memory_bytes", "runtime", ("worker",), "Resident memory of the worker.", "bytes"
+)
+PROCESS_MEMORY_LIMIT = _gauge(
+    "headroom_process_memory_limit_bytes",
+    "runtime",
+    ("worker",),
+    "Memory that the worker may use: its control group's limit, else the machine's memory.",
+    "bytes",
+)
+PROCESS_CPU = _counter(
+    "process_cpu_seconds_total", "runtime", ("worker",), "CPU time of the worker, user and system.", "seconds"
+)
+PROCESS_FDS = _gauge("process_open_fds", "runtime", ("worker",), "Open file descriptors.", "descriptors")
+PROCESS_MAX_FDS = _gauge("process_max_fds", "runtime", ("worker",), "Limit of file descriptors.", "descriptors")
+PROCESS_START = _gauge(
+    "process_start_time_seconds", "runtime", ("worker",), "Start of the worker, in seconds since 1970.", "seconds"
+)
+GC_PAUSE = _histogram(
+    "headroom_gc_pause_seconds", "runtime", ("worker",), "Time that a garbage collection stopped the worker.", W
+)
+GC_COLLECTIONS = _counter(
+    "cpython_gc_collections_total",
+    "runtime",
+    ("cpython_gc_generation",),
+    "Garbage collections by generation.",
+    "collections",
+)
+WORKERS = _gauge(
+    "headroom_workers",
+    "runtime",
+    ("state",),
+    "Workers: alive, and expected where their number is known.",
+    "workers",
+    "livemax",
+)
+WORKER_RESTARTS = _counter(
+    "headroom_worker_restarts_total", "runtime", (), "Workers that took over a slot another one had left.", "restarts"
+)
+ACCEPT_BACKLOG = _gauge(
+    "headroom_accept_backlog",
+    "runtime",
+    ("port",),
+    "Connections that wait to be accepted (Linux).",
+    "connections",
+    "livemax",
+)
+REMAINING = _gauge(
+    "headroom_remaining_ratio",
+    "runtime",
+    ("resource", "name"),
+    "What is left of a limit, from 1 (idle) to 0 (exhausted).",
+    "ratio",
+    "livemax",
+)
+APP_INFO = _gauge(
+    "headroom_app_info",
+    "runtime",
+    ("service_name", "service_version", "python", "fastapi", "headroom"),
+    "1; its labels say what runs. A change is a deploy.",
+    "",
+    "livemax",
+)
+
+# --------------------------------------------------------------------- self
+PROBE_UP = _gauge(
+    "headroom_probe_up", "self", ("probe",), "1 while a probe works, 0 after it failed.", "", "livemin"
+)
+PROBE_ERRORS = _counter(
+    "headroom_probe_errors_total", "self", ("probe",), "Errors that a probe swallowed to spare the app.", "errors"
+)
+LABEL_OVERFLOW = _counter(
+    "headroom_label_overflow_total", "self", (), "Label sets folded into `_overflow` by the cap on series.", "series"
+)
+STORE_DEGRADED = _gauge(
+    "headroom_store_degraded", "self", (), "Workers that count in memory only, for want of space or rights.", "workers"
+)
+SLOTS_UNREADABLE = _gauge(
+    "headroom_slots_unreadable", "self", (), "Files of the store that the last scrape had to skip.", "files"
+)
+SCRAPE_DURATION = _gauge(
+    "headroom_scrape_duration_seconds", "self", (), "Time to read and render the last scrape.", "seconds"
+)
+SERIES = _gauge("headroom_series", "self", (), "Series in the last scrape.", "series")
+
+BY_NAME: dict[str, Metric] = {metric.name: metric for metric in ALL}
+
+
+def of_stem(stem: Stem) -> tuple[Metric, ...]:
+    """Return the rows of one stem, in the order of the contract."""
+    return tuple(metric for metric in ALL if metric.stem == stem)

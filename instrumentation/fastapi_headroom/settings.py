@@ -1,0 +1,166 @@
+"""The settings of fastapi-headroom, and the only place that reads the environment.
+
+Every field is an argument of ``init`` and a ``HEADROOM_*`` variable. Arguments are code, so a wrong
+one raises :class:`~fastapi_headroom.errors.SettingsError`; variables are deployment, so a wrong one is
+logged in one line with its remedy and the default stands in: a typo must not take an app down.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from fastapi_headroom.errors import SettingsError
+
+log = logging.getLogger("fastapi_headroom")
+PREFIX = "HEADROOM_"
+STEMS = ("request", "pool", "cache", "loop", "queue", "runtime")
+Words = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """What can be set. Durations are seconds; names lists are comma-separated in variables."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    service_name: str = ""
+    """Name of the service; default: OTEL_SERVICE_NAME, else the name of the working directory."""
+    service_version: str = ""
+    """Version of the service, shown in ``headroom_app_info`` so that boards can mark deploys."""
+    directory: Path | None = None
+    """Directory of the store; default: PROMETHEUS_MULTIPROC_DIR, else one in memory per user and service."""
+    group_readable: bool = False
+    """Let the directory's group read it (0750 instead of 0700), for a sidecar of another user."""
+    exporter: bool = True
+    """Let one elected worker serve /metrics while no sidecar runs."""
+    host: str = "127.0.0.1"
+    """Address that the exporter listens on."""
+    port: int = Field(default=9464, ge=0, le=65535)
+    """Port that the exporter listens on."""
+    disable: Words = ()
+    """Probes to leave off: any of request, pool, cache, loop, queue, runtime."""
+    excluded_paths: Words = ()
+    """Paths that are served without being measured, such as /healthz. Exact, or a prefix that ends in ``*``."""
+    sample_interval: float = Field(default=1.0, gt=0.01, le=60)
+    """Seconds between two samples of gauges."""
+    block_threshold: float = Field(default=0.1, ge=0.02, le=60)
+    """Seconds from which on a held event loop is reported as blocked."""
+    max_series: int = Field(default=20_000, ge=100, le=1_000_000)
+    """Series that one worker may create; further label sets fold into ``_overflow``."""
+    expected_workers: int | None = Field(default=None, ge=1)
+    """Number of workers that should run; default: WEB_CONCURRENCY, else unknown."""
+    queues: Words = ()
+    """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``. Spaces or commas between;
+    a comma inside the query string stays there."""
+    tracing: bool = True
+    """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
+    keep_fastapi_telemetry: bool = False
+    """Leave FastAPI's own dormant telemetry on (it costs about 10 us of CPU per request)."""
+
+    @field_validator("disable", "excluded_paths", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(word for word in re.split(r"[,\s]+", value) if word) if isinstance(value, str) else value
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _split_urls(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(word for word in re.split(r"\s+|,(?=[\w+]+://)", value) if word)
+        return value
+
+    @field_validator("disable")
+    @classmethod
+    def _known_stems(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for stem in value:
+            if stem not in STEMS:
+                raise ValueError(f"{stem!r} is no probe; the probes are {', '.join(STEMS)}")
+        return value
+
+    @property
+    def store_directory(self) -> Path:
+        """The directory of the store, with the default filled in."""
+        if self.directory is not None:
+            return self.directory
+        base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.service_name) or "app"
+        return base / f"headroom-{os.getuid()}-{slug}"
+
+
+def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
+    """Return the settings from arguments over variables over defaults.
+
+    Raises SettingsError for an unknown or unusable argument. An unknown or unusable variable is
+    logged as one warning that names the remedy, and left out.
+    """
+    env = os.environ if environ is None else environ
+    values = _standard_variables(env)
+    for key, text in env.items():
+        if not key.startswith(PREFIX):
+            continue
+        name = key.removeprefix(PREFIX).lower()
+        if name not in Settings.model_fields:
+            log.warning("fastapi-headroom: unknown variable %s is ignored%s", key, _suggest(name, PREFIX, upper=True))
+        elif (problem := _problem(name, text)) is not None:
+            log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, text, problem)
+        else:
+            values[name] = text
+    for name, value in arguments.items():
+        if name not in Settings.model_fields:
+            raise SettingsError(f"init() has no setting {name!r}{_suggest(name)}")
+        if (problem := _problem(name, value)) is not None:
+            raise SettingsError(f"setting {name}={value!r} cannot be used: {problem}")
+    return _Plain(**(values | arguments))
+
+
+class _Plain(Settings):
+    """Settings whose sources are what ``load`` hands over, and nothing else."""
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+        return (init_settings,)
+
+
+def _standard_variables(env: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {"service_name": env.get("OTEL_SERVICE_NAME") or Path.cwd().name or "app"}
+    if env.get("PROMETHEUS_MULTIPROC_DIR"):
+        values["directory"] = env["PROMETHEUS_MULTIPROC_DIR"]
+    if env.get("WEB_CONCURRENCY", "").isdigit():
+        values["expected_workers"] = max(1, int(env["WEB_CONCURRENCY"]))
+    return values
+
+
+def otlp_requested(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether the standard ``OTEL_*`` variables ask for traces to be exported by OTLP."""
+    env = os.environ if environ is None else environ
+    if env.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    exporters = env.get("OTEL_TRACES_EXPORTER", "").lower()
+    if exporters:
+        return "otlp" in exporters.split(",")
+    return bool(env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _problem(name: str, value: Any) -> str | None:
+    try:
+        _Plain(**{name: value})
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return None
+
+
+def _suggest(name: str, prefix: str = "", *, upper: bool = False) -> str:
+    near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    if not near:
+        known = ", ".join(sorted(Settings.model_fields))
+        return f"; the settings are {known}"
+    return f"; did you mean {prefix}{near[0].upper() if upper else near[0]}?"

@@ -1,0 +1,39 @@
+"""Every limit that a rule, a board or a doctor check compares with. Changed here, changed everywhere."""
+
+from __future__ import annotations
+
+from typing import Final
+
+AVAILABILITY_OBJECTIVE: Final = 0.999
+"""Share of requests that must not end in an error (5xx or an unhandled exception)."""
+LATENCY_OBJECTIVE: Final = 0.99
+"""Share of requests that must be faster than LATENCY_THRESHOLD."""
+LATENCY_THRESHOLD: Final = 0.5
+"""Seconds, as the client felt them; a bound of H14."""
+BURN_WINDOWS: Final = (
+    # long, short, factor, for, severity: the SRE workbook's multi-window, multi-burn-rate alerts
+    ("1h", "5m", 14.4, "2m", "critical"),
+    ("6h", "30m", 6.0, "15m", "critical"),
+    ("1d", "2h", 3.0, "1h", "warning"),
+    ("3d", "6h", 1.0, "3h", "warning"),
+)
+LOOP_LAG_WARNING: Final = 0.25
+"""Seconds of p99 event-loop delay; a bound of W."""
+LOOP_LAG_CRITICAL: Final = 1.0
+LOOP_BLOCKED_SHARE: Final = 0.05
+"""Share of time that one site may block the loop (seconds of blocking per second)."""
+LOOP_BLOCK_SECONDS: Final = 0.1
+"""The watchdog reports a block from this length on."""
+LOOP_SATURATED: Final = 0.9
+POOL_WAIT_P95: Final = 0.1
+"""Seconds; a bound of W."""
+CACHE_DROP: Final = 0.5
+"""A hit ratio under this share of a day ago's is a fault."""
+CACHE_LOOKUPS_FLOOR: Final = 1.0
+"""Look-ups per second under which a hit ratio means nothing."""
+QUEUE_AGE_SECONDS: Final = 60.0
+MEMORY_SHARE: Final = 0.9
+DESCRIPTOR_SHARE: Final = 0.9
+REMAINING_LOW: Final = 0.1
+TRAFFIC_FLOOR: Final = 0.05
+"""Requests per second under which an error ratio means nothing."""
