@@ -126,7 +126,9 @@ class _Plain(Settings):
     """Settings whose sources are what ``load`` hands over, and nothing else."""
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: Any, init_settings: Any, **_: Any
+    ) -> Any:
         return (init_settings,)
 
 
@@ -148,6 +150,13 @@ def otlp_requested(environ: Mapping[str, str] | None = None) -> bool:
     if exporters:
         return "otlp" in exporters.split(",")
     return bool(env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def otlp_protocol(environ: Mapping[str, str] | None = None) -> str:
+    """Return the protocol that the standard ``OTEL_*`` variables name for the export of traces."""
+    env = os.environ if environ is None else environ
+    named = env.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or env.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    return named or "http/protobuf"
 
 
 def _problem(name: str, value: Any) -> str | None:

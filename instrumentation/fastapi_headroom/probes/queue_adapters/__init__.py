@@ -1,0 +1,29 @@
+"""Pollers of queues, one module per kind of broker. Imported by the exporter, so nothing here needs FastAPI."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
+from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
+
+__all__ = ["Poller", "Sample", "poller_for"]
+
+_BY_SCHEME = {"celery+redis": CeleryRedisPoller, "celery+rediss": CeleryRedisPoller}
+
+
+def poller_for(url: str) -> Poller:
+    """Return the poller for a queue URL such as ``celery+redis://host:6379/0?queues=mail,reports``.
+
+    Raises SettingsError for a URL that cannot be used and MissingExtraError when the broker's client
+    library is not installed. Does not connect yet.
+    """
+    scheme = urlsplit(url).scheme
+    if (poller := _BY_SCHEME.get(scheme)) is None:
+        # The scheme alone is shown: the rest of the URL may hold a password.
+        raise SettingsError(
+            f"queue URL with scheme {scheme or '(none)'!r} cannot be polled; the schemes are {', '.join(_BY_SCHEME)}, "
+            "as in celery+redis://host:6379/0?queues=mail,reports"
+        )
+    return poller.from_url(url)

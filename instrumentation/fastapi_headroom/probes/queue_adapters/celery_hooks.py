@@ -1,0 +1,204 @@
+"""Celery inside a process: what it publishes and what it runs.
+
+Publishing is timed around ``Celery.send_task``, which all ways to send a task go through, because the signal
+after publishing is not sent when publishing fails. The signals give the rest: the message's headers before it
+leaves, and the start and end of each run.
+
+The wait of a job runs from its publishing, or its ``eta`` where that is later, to its start, by the clocks of
+two hosts: where they disagree by more than the wait it counts as 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+from celery import signals
+from celery.app.base import Celery
+
+from fastapi_headroom import catalog, ledger
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.names import OTHER, BoundedNames
+from fastapi_headroom.probes.patches import Patches
+from fastapi_headroom.probes.queue_adapters.celery import ENQUEUED_AT, parse_eta
+from fastapi_headroom.store.writer import Histogram, Writer
+from fastapi_headroom.tracing import spans
+
+_UID = "fastapi-headroom"
+_STARTED_AT = "headroom_started_at"
+"""Attribute of a task's request, in seconds of ``perf_counter``."""
+_SYSTEMS = {"redis": "redis", "rediss": "redis", "sentinel": "redis", "amqp": "rabbitmq", "amqps": "rabbitmq",
+            "pyamqp": "rabbitmq", "librabbitmq": "rabbitmq", "sqs": "aws_sqs", "": "rabbitmq"}  # fmt: skip
+"""``messaging_system`` by the scheme of the broker's URL; other schemes stand for themselves."""
+
+
+class _Publication:
+    """One ``send_task`` under way: learns from the signal where the message goes."""
+
+    __slots__ = ("queue",)
+
+    def __init__(self) -> None:
+        self.queue: str | None = None
+
+
+_publication: ContextVar[_Publication | None] = ContextVar("headroom_publication", default=None)
+
+
+class CeleryHooks:
+    """Hooks on all Celery apps of this process."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._writer: Writer | None = None
+        self._attached = False
+        self._patches = Patches()
+        self._queues, self._tasks, self._errors = BoundedNames(), BoundedNames(), BoundedNames()
+        self._systems: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
+        self._publish: dict[tuple[str, str], Histogram] = {}
+        self._wait: dict[tuple[str, str], Histogram] = {}
+        self._process: dict[tuple[str, str, str, str], Histogram] = {}
+
+    def bind(self, writer: Writer) -> None:
+        """Write to ``writer`` from now on, and attach if that was not done before."""
+        self._publish, self._wait, self._process = {}, {}, {}
+        self._writer = writer
+        if self._attached:
+            return
+        self._attached = True
+        self._patches.wrap(Celery, "send_task", self._wrapping)
+        signals.before_task_publish.connect(self._before_publish, weak=False, dispatch_uid=_UID)
+        signals.task_prerun.connect(self._before_run, weak=False, dispatch_uid=_UID)
+        signals.task_postrun.connect(self._after_run, weak=False, dispatch_uid=_UID)
+
+    def close(self) -> None:
+        """Detach from everything."""
+        self._writer = None
+        if not self._attached:
+            return
+        self._attached = False
+        self._patches.restore()
+        for signal in (signals.before_task_publish, signals.task_prerun, signals.task_postrun):
+            signal.disconnect(dispatch_uid=_UID)
+
+    # ------------------------------------------------------------ publishing
+
+    def _wrapping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def send_task(app: Celery, *args: Any, **kwargs: Any) -> Any:
+            if self._writer is None:
+                return original(app, *args, **kwargs)
+            publication = _Publication()
+            token = _publication.set(publication)
+            request = ledger.current.get()
+            if request is not None:
+                request.enter(ledger.PUBLISH)
+            started = time.perf_counter()
+            try:
+                return original(app, *args, **kwargs)
+            finally:
+                elapsed = time.perf_counter() - started
+                if request is not None:
+                    request.leave(ledger.PUBLISH)
+                _publication.reset(token)
+                self._published(app, publication, elapsed)
+
+        return send_task
+
+    def _before_publish(self, headers: Any = None, routing_key: Any = None, declare: Any = None, **_: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            if isinstance(headers, dict):
+                # Always set: a retry carries the headers of the attempt before.
+                headers[ENQUEUED_AT] = time.time()
+                if spans.active:
+                    spans.inject(headers)
+            if (publication := _publication.get()) is not None:
+                name = getattr(declare[0], "name", None) if declare else None
+                publication.queue = str(name or routing_key or "")
+        except Exception as error:
+            self._guard.failed(error)
+
+    def _published(self, app: Celery, publication: _Publication, elapsed: float) -> None:
+        if publication.queue is None or (writer := self._writer) is None:
+            return  # it failed before there was a message
+        try:
+            key = (self._system(app), publication.queue)
+            handle = self._publish.get(key)
+            if handle is None:
+                system, queue = key[0], self._queues(key[1])
+                handle = writer.histogram(catalog.PUBLISH_DURATION, system, "publish", queue)
+                if queue != OTHER:
+                    self._publish[key] = handle
+            handle.observe(elapsed)
+        except Exception as error:
+            self._guard.failed(error)
+
+    # --------------------------------------------------------------- running
+
+    def _before_run(self, task: Any = None, **_: Any) -> None:
+        if (writer := self._writer) is None:
+            return
+        try:
+            request = task.request
+            if request.is_eager:
+                return  # called in place: no queue is involved
+            now = time.time()
+            setattr(request, _STARTED_AT, time.perf_counter())
+            key = (self._system(task.app), self._queue(request))
+            name = self._tasks(task.name)
+            writer.counter(catalog.QUEUE_RETRIES, *key, name)  # there with 0 from the first run
+            enqueued = request.get(ENQUEUED_AT)
+            if not isinstance(enqueued, int | float):
+                return  # from a publisher without this hook
+            ready = max(float(enqueued), (parse_eta(request.eta) if isinstance(request.eta, str) else None) or 0.0)
+            handle = self._wait.get(key)
+            if handle is None:
+                handle = self._wait[key] = writer.histogram(catalog.QUEUE_WAIT, *key)
+            handle.observe(max(0.0, now - ready))
+        except Exception as error:
+            self._guard.failed(error)
+
+    def _after_run(self, task: Any = None, state: Any = None, retval: Any = None, **_: Any) -> None:
+        if (writer := self._writer) is None:
+            return
+        try:
+            request = task.request
+            started = request.get(_STARTED_AT)
+            if started is None:
+                return
+            elapsed = time.perf_counter() - started
+            key = (self._system(task.app), self._queue(request), self._tasks(task.name), self._error(state, retval))
+            handle = self._process.get(key)
+            if handle is None:
+                handle = self._process[key] = writer.histogram(catalog.PROCESS_DURATION, *key)
+            handle.observe(elapsed)
+            if state == "RETRY":
+                writer.counter(catalog.QUEUE_RETRIES, *key[:3]).inc()
+        except Exception as error:
+            self._guard.failed(error)
+
+    def _error(self, state: Any, outcome: Any) -> str:
+        """Return the error type of a run: empty for success, the cause's type for a failure or a retry."""
+        if state in ("SUCCESS", "IGNORED"):
+            return ""
+        if state == "RETRY":
+            outcome = getattr(outcome, "exc", None) or outcome
+        return self._errors(type(outcome).__name__) if isinstance(outcome, BaseException) else OTHER
+
+    def _queue(self, request: Any) -> str:
+        """Return the queue of a run: Celery's own routing sends to a direct exchange by the queue's name."""
+        return self._queues(str((request.delivery_info or {}).get("routing_key") or ""))
+
+    def _system(self, app: Celery) -> str:
+        system = self._systems.get(app)
+        if system is None:
+            url = str(app.conf.broker_write_url or app.conf.broker_url or "")
+            scheme = urlsplit(url).scheme
+            system = self._systems[app] = _SYSTEMS.get(scheme, scheme)
+        return system

@@ -1,0 +1,85 @@
+"""The server span of an app, by OpenTelemetry's FastAPI instrumentation, put on and taken off without a trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+_BUILD = "build_middleware_stack"
+
+
+class TracedApp:
+    """One instrumented app.
+
+    The instrumentation wraps ``build_middleware_stack``, which does nothing for an app that has built its stack,
+    and building it again would make a second set of the user's middlewares. So a stack that is there is wrapped
+    as it is, and taking the instrumentation off gives the same one back.
+    """
+
+    def __init__(self, app: Any, provider: TracerProvider, excluded_urls: str | None) -> None:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.metrics import NoOpMeterProvider
+
+        self.app = app
+        self._instrumentor = FastAPIInstrumentor
+        self._inner: Any = app.middleware_stack
+        self._own_build: Callable[[], Any] | None = vars(app).get(_BUILD)
+        build: Callable[[], Any] = app.build_middleware_stack
+
+        def build_once() -> Any:
+            if self._inner is None:
+                self._inner = build()
+            return self._inner
+
+        app.build_middleware_stack = build_once
+        try:
+            FastAPIInstrumentor.instrument_app(
+                app,
+                server_request_hook=_stand_aside,
+                tracer_provider=provider,
+                meter_provider=NoOpMeterProvider(),  # the request probe measures; twice would be waste
+                excluded_urls=excluded_urls,
+                exclude_spans=["receive", "send"],
+            )
+        except BaseException:
+            self._put_build_back()
+            raise
+        if app.middleware_stack is not None:
+            app.middleware_stack = app.build_middleware_stack()
+
+    def undo(self) -> None:
+        """Take the instrumentation off."""
+        self.app._original_build_middleware_stack = lambda: self._inner
+        self._instrumentor.uninstrument_app(self.app)
+        self._put_build_back()
+
+    def _put_build_back(self) -> None:
+        if self._own_build is None:
+            vars(self.app).pop(_BUILD, None)
+        else:
+            setattr(self.app, _BUILD, self._own_build)
+
+
+def _stand_aside(_: Any, scope: Any) -> None:
+    """Keep FastAPI apps that are mounted in this one from making a server span of their own."""
+    scope.setdefault("fastapi.telemetry", None)
+
+
+def can_be_traced(app: Any) -> bool:
+    """Return whether the app is FastAPI's or Starlette's and has no server span by the user's own doing."""
+    if not hasattr(app, _BUILD) or getattr(app, "_is_instrumented_by_opentelemetry", False):
+        return False
+    own = getattr(app, "_telemetry", None)  # FastAPI(telemetry={"tracer_provider": ...})
+    return not (isinstance(own, dict) and own.get("tracer_provider") is not None)
+
+
+def excluded_urls(paths: tuple[str, ...]) -> str | None:
+    """Return the instrumentation's pattern list for paths (exact, or a prefix that ends in ``*``)."""
+    patterns = [
+        "^[^/]*//[^/]*" + (re.escape(path[:-1]) if path.endswith("*") else re.escape(path) + "$") for path in paths
+    ]
+    return ",".join(patterns) or None

@@ -1,0 +1,68 @@
+"""A Celery app for tests: its worker's processes measure themselves into HEADROOM_DIRECTORY."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import Celery
+
+from fastapi_headroom.probes.queue import QueueProbe, install_worker
+from fastapi_headroom.settings import load
+from fastapi_headroom.store.writer import Writer
+
+BROKER = os.environ.get("TEST_BROKER_URL", "redis://127.0.0.1:1/0")
+GATE = "gate"
+"""Redis list that the task ``hold`` waits on."""
+
+app = Celery("jobs", broker=BROKER)
+app.conf.broker_transport_options = {"queue_order_strategy": "priority", "priority_steps": [0, 3, 6, 9]}
+app.conf.task_default_queue = "mail"
+app.conf.task_ignore_result = True
+app.conf.worker_prefetch_multiplier = 1
+app.conf.broker_connection_retry_on_startup = True
+
+
+@app.task(name="jobs.send")
+def send() -> None:
+    """Do nothing, successfully."""
+
+
+@app.task(name="jobs.fail")
+def fail() -> None:
+    """Fail."""
+    raise ValueError("no such address")
+
+
+@app.task(name="jobs.again", bind=True, max_retries=2)
+def again(self: Any) -> None:
+    """Ask for two retries, then succeed."""
+    if self.request.retries < 2:
+        raise self.retry(exc=ConnectionError("busy"), countdown=0)
+
+
+@app.task(name="jobs.hold", acks_late=True)
+def hold() -> None:
+    """Run until the gate is opened, and be acknowledged only then."""
+    redis.Redis.from_url(BROKER, socket_timeout=30).blpop([GATE], timeout=20)
+
+
+if directory := os.environ.get("HEADROOM_DIRECTORY"):
+    probe = QueueProbe(load({}))
+    writers: list[Writer] = []
+
+    def bind() -> None:
+        """Claim a slot for this process."""
+        if not writers:
+            writers.append(Writer.open(Path(directory)))
+            probe.bind(writers[0])
+
+    def shutdown() -> None:
+        """Give the slot back."""
+        probe.close()
+        while writers:
+            writers.pop().close()
+
+    install_worker(bind, shutdown)

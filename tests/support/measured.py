@@ -1,0 +1,97 @@
+"""An app under a request probe of its own, and what the probe wrote."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Literal
+
+import httpx
+import uvicorn
+
+from fastapi_headroom import settings
+from fastapi_headroom.probes.request import RequestProbe
+from fastapi_headroom.store.writer import Writer
+
+DURATION = "http_server_request_duration_seconds"
+STAGE = "headroom_request_stage_seconds_total"
+
+
+class Measured:
+    """An app under a probe of its own, and what the probe wrote."""
+
+    def __init__(self, app: Any, **arguments: Any) -> None:
+        self.writer = Writer.in_memory()
+        self.served = 0
+        self.probe = RequestProbe(settings.load({}, **arguments), on_first_serve=self._serve)
+        self.app = self.probe.instrument(app)
+
+    def _serve(self) -> None:
+        self.served += 1
+        self.probe.bind(self.writer)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return one sample, 0 when there is none."""
+        try:
+            return self.writer.value(name, **labels)
+        except KeyError:
+            return 0.0
+
+    def nonzero(self, name: str) -> dict[tuple[str, ...], float]:
+        """Return a family's samples that are not 0, by label values in the order of the names."""
+        return {
+            tuple(value for _, value in labels): number
+            for (sample, labels), number in self.writer.samples().items()
+            if sample == name and number
+        }
+
+    def stages(self, route: str) -> dict[str, float]:
+        """Return a route's seconds by stage."""
+        return {stage: value for (path, stage), value in self.nonzero(STAGE).items() if path == route}
+
+    def seconds(self, route: str) -> float:
+        """Return the sum of a route's durations."""
+        return sum(value for labels, value in self.nonzero(DURATION + "_sum").items() if labels[3] == route)
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Call the app in process; what it raises becomes a 500 as with a server."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+
+    async def get(self, path: str) -> httpx.Response:
+        """Call the app once in process."""
+        async with self.client() as client:
+            return await client.get(path)
+
+
+@contextmanager
+def uvicorn_serving(app: Any, loop: Literal["auto", "asyncio", "uvloop"] = "auto") -> Iterator[int]:
+    """Serve an app by uvicorn on a thread; yield the port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, loop=loop, log_level="critical", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.005)
+
+
+def busy(seconds: float) -> None:
+    """Hold the thread."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass

@@ -1,0 +1,78 @@
+"""An app with a pool of one connection, measured and traced, and a route that says what its process imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.request import RequestProbe
+from fastapi_headroom.settings import load
+from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing import spans
+from fastapi_headroom.tracing.setup import Tracing
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Send the last spans at the end."""
+    yield
+    tracing.flush()
+
+
+app = FastAPI(lifespan=lifespan)
+engine = create_async_engine(os.environ["TEST_DATABASE_URL"], pool_size=1, max_overflow=0)
+
+
+@app.get("/read/{number}")
+async def read(number: int) -> int:
+    """Read with a bound value."""
+    async with engine.connect() as connection:
+        return int(await connection.scalar(text("SELECT CAST(:number AS integer)"), {"number": number}) or 0)
+
+
+@app.get("/hold")
+async def hold(seconds: float) -> None:
+    """Keep the only connection busy."""
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": seconds})
+
+
+@app.get("/checked-out")
+async def checked_out() -> int:
+    """Return how many connections are in use."""
+    return int(engine.pool.checkedout())  # type: ignore[attr-defined]
+
+
+@app.get("/imported")
+async def imported() -> dict[str, bool]:
+    """Return what the process has loaded for traces."""
+    return {
+        "sdk": any(name.startswith("opentelemetry.sdk") for name in sys.modules),
+        "instrumentation": any(name.startswith("opentelemetry.instrumentation") for name in sys.modules),
+        "active": spans.active,
+    }
+
+
+settings = load()
+tracing = Tracing(settings)
+pool = PoolProbe(settings)
+
+
+def first_serve() -> None:
+    """Start as an initialised app does when it first serves."""
+    writer = Writer.in_memory()
+    request.bind(writer)
+    pool.bind(writer)
+    request.owns_tracing = tracing.start(app)
+    request.sample()
+
+
+request = RequestProbe(settings, on_first_serve=first_serve)
+request.instrument(app)
