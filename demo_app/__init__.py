@@ -1,0 +1,1 @@
+"""The demo: a small shop, tuned, measured by fastapi-headroom."""

@@ -1,0 +1,142 @@
+"""One child process: started in a group of its own, watched until ready, stopped without leaving anything."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+PR_SET_PDEATHSIG = 1
+
+
+class ProcessError(RuntimeError):
+    """A process did not start, or ended by itself; the message ends with its last log lines."""
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def accepts(port: int) -> bool:
+    """Return whether something accepts connections on the loopback port."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until the condition holds; raise TimeoutError naming ``what`` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds:g} s")
+        time.sleep(0.05)
+
+
+def _die_with_parent(number: int) -> None:
+    """Ask Linux to signal this process when its parent is gone, so that even ``kill -9`` leaves nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+class Process:
+    """A child process with a log file. ``stop_signal`` ends it in order; SIGKILL follows after ``grace`` seconds."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        ready: Callable[[], bool] | None = None,
+        stop_signal: int = signal.SIGTERM,
+        grace: float = 10.0,
+    ) -> None:
+        self.name, self.command, self.log_file = name, [str(word) for word in command], log
+        self.cwd, self.env, self.user = cwd, env, user
+        self.ready, self.stop_signal, self.grace = ready, stop_signal, grace
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout: float = 30.0) -> None:
+        """Start and wait until ready. Call it on the main thread: the child dies with the thread that made it."""
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("ab") as log:
+            self.child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.cwd,
+                env=dict(self.env) if self.env is not None else None,
+                user=self.user,
+                group=self.user,
+                extra_groups=[] if self.user else None,
+                start_new_session=True,
+                preexec_fn=lambda: _die_with_parent(self.stop_signal),
+            )
+        if self.ready is None:
+            return
+        deadline = time.monotonic() + timeout
+        while not self.ready():
+            if self.child.poll() is not None:
+                raise ProcessError(f"{self.name} ended at once (status {self.child.returncode}):\n{self.tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ProcessError(f"{self.name} was not ready after {timeout:g} s:\n{self.tail()}")
+            time.sleep(0.05)
+
+    @property
+    def pid(self) -> int:
+        """The process id; raises ProcessError before the start."""
+        if self.child is None:
+            raise ProcessError(f"{self.name} was not started")
+        return self.child.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self.child is not None and self.child.poll() is None
+
+    def tail(self, lines: int = 20) -> str:
+        """Return the last lines of the log."""
+        text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End the process and its whole group. Idempotent."""
+        child, self.child = self.child, None
+        if child is None:
+            return
+        if child.poll() is None:
+            child.send_signal(self.stop_signal)
+            try:
+                child.wait(self.grace)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        child.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -1,0 +1,174 @@
+"""The real servers: PostgreSQL, Redis, Prometheus and Alertmanager from the system's packages.
+
+Each listens on a free loopback port, keeps its data in a folder of its own and touches nothing of the host's.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+from demo_app.stack.process import Process, accepts, free_port
+
+PACKAGES = {
+    "postgres": "postgresql",
+    "redis-server": "redis-server",
+    "prometheus": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+}
+"""Which Debian package brings which binary."""
+
+
+class MissingBinaryError(RuntimeError):
+    """A server is not installed; the message names the package that brings it."""
+
+
+def find(binary: str) -> Path:
+    """Return the path of a server's binary. Raises MissingBinaryError with the remedy."""
+    versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{binary}"), key=lambda path: int(path.parts[4]))
+    if versions:
+        return versions[-1]
+    for place in (shutil.which(binary), f"/usr/sbin/{binary}", f"/usr/bin/{binary}"):
+        if place and Path(place).exists():
+            return Path(place)
+    package = PACKAGES.get(binary, "postgresql" if binary == "initdb" else binary)
+    raise MissingBinaryError(f"{binary} is not installed: run `apt-get install {package}`")
+
+
+class Server(Process):
+    """A server on a free loopback port with a data folder of its own."""
+
+    def __init__(self, name: str, data: Path, port: int | None) -> None:
+        self.port = port or free_port()
+        self.data = data.resolve()
+        super().__init__(name, [], log=self.data.parent / f"{name}.log", ready=lambda: accepts(self.port))
+
+
+class Postgres(Server):
+    """PostgreSQL with trusted local connections and no fsync: fast, and for throw-away data only."""
+
+    def __init__(self, data: Path, *, port: int | None = None, max_connections: int = 100, **settings: str) -> None:
+        super().__init__("postgres", data, port)
+        self.stop_signal = signal.SIGINT  # "fast" shutdown; SIGTERM would wait for the clients
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            self.user = "postgres"
+            self.data = _reachable(self.data, self.user)
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "synchronous_commit": "off",
+            "full_page_writes": "off",
+            "max_connections": str(max_connections),
+            **settings,
+        }
+        flags = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
+        self.command = [str(find("postgres")), "-D", str(self.data), *flags]
+        self.cwd = self.data
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Create the cluster if there is none, and start it."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        if not (self.data / "PG_VERSION").exists():
+            if self.user:
+                shutil.chown(self.data, self.user, self.user)
+            subprocess.run(
+                [find("initdb"), "-D", self.data, "-U", "headroom", "-A", "trust", "-E", "UTF8", "--no-sync",
+                 "--locale=C"],
+                check=True, capture_output=True, user=self.user, group=self.user,
+                extra_groups=[] if self.user else None, cwd=self.data,
+            )  # fmt: skip
+        super().start(timeout)
+
+    def url(self, driver: str = "asyncpg", database: str = "postgres") -> str:
+        """Return the SQLAlchemy URL for a driver such as asyncpg or psycopg."""
+        return f"postgresql+{driver}://headroom@127.0.0.1:{self.port}/{database}"
+
+    @property
+    def dsn(self) -> str:
+        """The URL as libpq and asyncpg understand it."""
+        return f"postgresql://headroom@127.0.0.1:{self.port}/postgres"
+
+
+class Redis(Server):
+    """Redis without persistence."""
+
+    def __init__(self, data: Path, *, port: int | None = None, **settings: str) -> None:
+        super().__init__("redis", data, port)
+        options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self.data), "save": "", "appendonly": "no"}
+        self.command = [str(find("redis-server"))]
+        for key, value in {**options, **settings}.items():
+            self.command += [f"--{key}", value]
+
+    def start(self, timeout: float = 30.0) -> None:
+        """Start with an empty data folder made for it."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        super().start(timeout)
+
+    @property
+    def url(self) -> str:
+        """The URL of database 0."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+class Prometheus(Server):
+    """Prometheus on a configuration file. Exemplars are on; ``POST /-/reload`` works."""
+
+    def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
+        super().__init__("prometheus", data, port)
+        self.command = [
+            str(find("prometheus")),
+            f"--config.file={config}",
+            f"--storage.tsdb.path={self.data}",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+            "--enable-feature=exemplar-storage",
+            "--web.enable-lifecycle",
+            "--log.level=warn",
+        ]
+
+    @property
+    def url(self) -> str:
+        """The address of its pages and API."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+class Alertmanager(Server):
+    """Alertmanager on a configuration file, alone (no cluster)."""
+
+    def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
+        super().__init__("alertmanager", data, port)
+        self.command = [
+            str(find("prometheus-alertmanager")),
+            f"--config.file={config}",
+            f"--storage.path={self.data}",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+            "--cluster.listen-address=",
+            "--log.level=warn",
+        ]
+
+    @property
+    def url(self) -> str:
+        """The address of its pages and API."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+def _reachable(data: Path, user: str) -> Path:
+    """Return the folder, or one in the temporary directory where the user may not walk down to it.
+
+    A checkout below ``/root`` is closed to the user that PostgreSQL has to run as.
+    """
+    account = pwd.getpwnam(user)
+    for parent in data.parents:
+        if not parent.exists():
+            continue
+        status = parent.stat()
+        shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid == account.pw_gid else 0
+        if not status.st_mode >> shift & 0o1:
+            return Path(tempfile.mkdtemp(prefix="headroom-postgres-"))
+    return data

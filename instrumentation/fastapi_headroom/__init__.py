@@ -1,0 +1,26 @@
+"""fastapi-headroom: how much is left before this app falls over, what gives way first, and whose fault it is.
+
+The public names are resolved when they are first used, so that the sidecar, which needs none of them,
+starts without importing FastAPI.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi_headroom.probes.cache import cache_result
+    from fastapi_headroom.wiring import Handle, init, init_worker
+
+__all__ = ["Handle", "cache_result", "init", "init_worker"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastapi_headroom import wiring
+    from fastapi_headroom.probes import cache
+
+    value = getattr(cache if name == "cache_result" else wiring, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,263 @@
+"""``init(app)``: wires the probes, the store, the exporter and tracing into one process.
+
+Nothing is opened when ``init`` is called: a preloading master only imports the app and must hold no slot,
+no thread and no port. All that starts in :meth:`Runtime.first_serve`, when the process serves its first
+scope, and again in a forked child when that one serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi_headroom import settings as settings_module
+from fastapi_headroom.errors import MissingExtraError, NotASGIError
+from fastapi_headroom.exporter.election import Election
+from fastapi_headroom.probes.base import Guard, Probe
+from fastapi_headroom.probes.cache import CacheProbe
+from fastapi_headroom.probes.loop import LoopProbe
+from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.queue import QueueProbe
+from fastapi_headroom.probes.request import RequestProbe
+from fastapi_headroom.probes.runtime import RuntimeProbe
+from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing.setup import Tracing
+
+log = logging.getLogger("fastapi_headroom")
+ASGIApp = Callable[..., Awaitable[None]]
+_lock = threading.RLock()
+_runtime: Runtime | None = None
+
+
+def init(
+    app: Any,
+    *,
+    pools: Mapping[str, Any] | None = None,
+    caches: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Handle:
+    """Measure an app; return a handle whose ``shutdown()`` undoes it.
+
+    FastAPI and Starlette apps are measured in place. Another ASGI callable is measured through the handle:
+    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines and Redis clients names of your own;
+    all others are found and named by themselves. ``settings`` are the fields of
+    :class:`~fastapi_headroom.settings.Settings`. A second ``init`` of the same app returns the same handle.
+
+    Raises NotASGIError when ``app`` is not callable and SettingsError for a wrong argument.
+    """
+    if not callable(app):
+        raise NotASGIError(
+            f"init() needs an ASGI application, got {type(app).__name__}: call init(app) after app = FastAPI()"
+        )
+    with _lock:
+        runtime = _open_runtime(settings)
+        handle = runtime.handles.get(id(app))
+        if handle is not None:
+            log.info("fastapi-headroom: init() was called again for the same app; the first call stands")
+            return handle
+        runtime.name(pools or {}, caches or {})
+        handle = runtime.handles[id(app)] = Handle(app, runtime)
+        return handle
+
+
+def init_worker(
+    app: Any = None,
+    *,
+    pools: Mapping[str, Any] | None = None,
+    caches: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Handle:
+    """Measure the processes of a job worker: each child of a Celery worker claims a slot of its own.
+
+    ``app`` is the Celery application. Call it in the module that the worker imports. Without an app (RQ, or a
+    script) this process is measured from now on.
+    """
+    from fastapi_headroom.probes.queue import install_worker
+
+    with _lock:
+        runtime = _open_runtime(settings)
+        runtime.name(pools or {}, caches or {})
+        runtime.request.enabled = False
+        if app is None:
+            runtime.first_serve()
+        else:
+            install_worker(runtime.first_serve, runtime.stop)
+        handle = runtime.handles[id(app)] = Handle(None, runtime)
+        return handle
+
+
+class Handle:
+    """What ``init`` returns: the way to undo it, and the app itself for a plain ASGI callable."""
+
+    def __init__(self, app: Any, runtime: Runtime) -> None:
+        self.app, self._runtime = app, runtime
+        self._measured: ASGIApp | None = None if app is None else runtime.request.instrument(app)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._runtime.settings
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve as the measured app."""
+        if self._measured is None:
+            raise NotASGIError("this handle belongs to a job worker and serves no requests")
+        await self._measured(scope, receive, send)
+
+    def shutdown(self) -> None:
+        """Stop measuring this app; with the last one every patched thing is put back. Idempotent."""
+        global _runtime
+        with _lock:
+            if self._runtime.handles.pop(id(self.app), None) is None:
+                return
+            if self.app is not None:
+                self._runtime.request.uninstrument(self.app)
+            if not self._runtime.handles:
+                self._runtime.stop()
+                if _runtime is self._runtime:
+                    _runtime = None
+
+
+class Runtime:
+    """What one process has of fastapi-headroom, however many apps it measures."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.handles: dict[int, Handle] = {}
+        self.writer: Writer | None = None
+        self.request = RequestProbe(settings, on_first_serve=self.first_serve)
+        self.request.enabled = "request" not in settings.disable
+        self.pool = PoolProbe(settings)
+        self.cache = CacheProbe(settings)
+        self.tracing = Tracing(settings)
+        others: tuple[Probe, ...] = (
+            self.pool,
+            self.cache,
+            LoopProbe(settings),
+            QueueProbe(settings),
+            RuntimeProbe(settings),
+        )
+        self.probes: tuple[Probe, ...] = tuple(p for p in (self.request, *others) if p.name not in settings.disable)
+        self._election: Election | None = None
+        self._stopping = threading.Event()
+        self._started = False
+        self.open_writer: Callable[[], Writer] = self._open_store
+
+    def name(self, pools: Mapping[str, Any], caches: Mapping[str, Any]) -> None:
+        """Give engines and cache clients the names that the user chose."""
+        self.pool.name_engines(pools)
+        self.cache.name_clients(caches)
+
+    def first_serve(self) -> None:
+        """Claim a slot, bind the probes and start the threads; once per process. Never raises."""
+        with _lock:
+            if self._started:
+                return
+            self._started = True
+            try:
+                self._start()
+            except Exception:
+                log.exception(
+                    "fastapi-headroom: could not start, this process is not measured; the app is not affected"
+                )
+
+    def _start(self) -> None:
+        writer = self.writer = self.open_writer()
+        for probe in self.probes:
+            guard: Guard = probe.guard
+            try:
+                guard.bind(writer)
+                probe.bind(writer)
+            except MissingExtraError as error:
+                log.warning("fastapi-headroom: the %s probe is off: %s", probe.name, error)
+            except Exception as error:
+                guard.failed(error)
+        self._trace()
+        self._stopping = threading.Event()
+        threading.Thread(target=self._sample, args=(self._stopping,), name="headroom-sampler", daemon=True).start()
+        if self.settings.exporter:
+            self._election = Election(self.settings)
+            self._election.start()
+        log.info("fastapi-headroom: %s", self._where(writer))
+
+    def _open_store(self) -> Writer:
+        return Writer.open(
+            self.settings.store_directory,
+            group_readable=self.settings.group_readable,
+            max_series=self.settings.max_series,
+        )
+
+    def _where(self, writer: Writer) -> str:
+        text = f"worker {writer.worker} writes to {self.settings.store_directory}"
+        if self.settings.exporter:
+            text += f", /metrics on http://{self.settings.host}:{self.settings.port}"
+            if self.settings.host in ("127.0.0.1", "localhost") and Path("/.dockerenv").exists():
+                text += " (inside this container only: set HEADROOM_HOST=0.0.0.0 to be scraped from outside)"
+        return text
+
+    def _trace(self) -> bool:
+        """Trace the apps if traces are asked for by now: many configure their provider in the lifespan."""
+        traced = self.tracing.start(*(handle.app for handle in self.handles.values() if handle.app is not None))
+        self.request.owns_tracing = traced
+        return traced
+
+    def _sample(self, stopping: threading.Event) -> None:
+        while not stopping.wait(self.settings.sample_interval):
+            self._trace()
+            for probe in self.probes:
+                try:
+                    probe.sample()
+                except Exception as error:
+                    probe.guard.failed(error)
+
+    def stop(self) -> None:
+        """Undo all that ``first_serve`` did."""
+        with _lock:
+            self._stopping.set()
+            if self._election is not None:
+                self._election.stop()
+                self._election = None
+            for probe in self.probes:
+                try:
+                    probe.close()
+                except Exception as error:
+                    probe.guard.failed(error)
+            self.tracing.stop()
+            if self.writer is not None:
+                self.writer.close()
+                self.writer = None
+            self._started = False
+
+    def forked(self) -> None:
+        """Forget the parent's threads and slot: they are not in this child. It starts when it serves."""
+        self._started = False
+        self._election = None
+        self.writer = None
+        self.request.rearm()
+
+
+def _open_runtime(arguments: Mapping[str, Any]) -> Runtime:
+    global _runtime
+    if _runtime is None:
+        _runtime = Runtime(settings_module.load(**arguments))
+    elif arguments:
+        log.warning(
+            "fastapi-headroom: the settings of a second init() are ignored (%s); give them to the first",
+            ", ".join(sorted(arguments)),
+        )
+    return _runtime
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+    if _runtime is not None:
+        _runtime.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

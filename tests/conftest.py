@@ -1,0 +1,25 @@
+"""Real servers for the tests, started once and only when a test asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from demo_app.stack.servers import Postgres, Redis
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A real PostgreSQL on a free port."""
+    base = tmp_path_factory.mktemp("servers")
+    with Postgres(base / "postgres") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """A real Redis on a free port."""
+    base = tmp_path_factory.mktemp("servers")
+    with Redis(base / "redis") as server:
+        yield server

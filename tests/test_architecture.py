@@ -1,0 +1,112 @@
+"""The arrows of the house: who may import whom. A new arrow is a decision, not an accident."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "instrumentation" / "fastapi_headroom"
+ROOT = PACKAGE.parents[1]
+
+# room -> rooms that it may import; a room is a folder, or a module at the top
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "catalog": {"errors"},
+    "thresholds": {"errors"},
+    "settings": {"errors"},
+    "ledger": set(),
+    "driver": {"ledger"},
+    "store": {"catalog", "errors"},
+    "tracing": {"settings", "ledger", "errors"},
+    "probes": {"catalog", "errors", "settings", "thresholds", "ledger", "driver", "tracing", "store.writer"},
+    "advice": {"catalog", "thresholds"},
+    "exporter": {
+        "catalog", "thresholds", "errors", "settings", "advice", "store.reader", "store.slot", "store.layout",
+        "probes.queue_adapters",
+    },
+    "pack": {"catalog", "thresholds", "errors"},
+    "wiring": {"settings", "errors", "store.writer", "probes", "tracing", "exporter"},
+    "testing": {"wiring", "settings", "store.writer", "errors"},
+    "cli": {"settings", "errors", "exporter", "pack"},
+    "__init__": {"wiring", "probes.cache"},
+}  # fmt: skip
+STANDARD_LIBRARY_ONLY = {"ledger", "driver"}
+NEVER = {
+    "exporter": {"fastapi", "starlette", "sqlalchemy"},
+    "advice": {"fastapi"},
+    "store": {"fastapi", "prometheus_client"},
+}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide arrows"
+            module = node.module or ""
+            # `from package import name`: the name may be a module
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "fastapi_headroom" else {module}
+            if module.startswith("fastapi_headroom."):
+                found |= {
+                    f"{module}.{alias.name}"
+                    for alias in node.names
+                    if (
+                        PACKAGE / module.removeprefix("fastapi_headroom.").replace(".", "/") / f"{alias.name}.py"
+                    ).exists()
+                }
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_a_module_imports_only_along_the_arrows(path: Path) -> None:
+    """Each module imports only the rooms that its own room may know."""
+    room = room_of(path)
+    assert room in ARROWS, f"{room} is a new room: give it arrows here"
+    allowed = ARROWS[room]
+    for name in imports_of(path):
+        if not name.startswith("fastapi_headroom."):
+            top = name.split(".")[0]
+            assert top not in NEVER.get(room, set()), f"{room} must not import {top}"
+            continue
+        target = name.removeprefix("fastapi_headroom.")
+        head = target.split(".")[0]
+        fits = head == room or head in allowed or any(target == a or target.startswith(a + ".") for a in allowed)
+        # `from fastapi_headroom.store import writer` is seen as the folder and as the module: the module decides
+        is_folder_of_allowed = (PACKAGE / target).is_dir() and any(a.startswith(target + ".") for a in allowed)
+        assert fits or is_folder_of_allowed, f"{path.relative_to(PACKAGE)} imports {target}: no arrow from {room}"
+
+
+def test_the_ledger_needs_the_standard_library_alone() -> None:
+    """The ledger and the driver import nothing but the standard library and each other."""
+    for room in STANDARD_LIBRARY_ONLY:
+        for name in imports_of(PACKAGE / f"{room}.py"):
+            assert name.split(".")[0] in {
+                "__future__", "collections", "contextvars", "time", "typing", "fastapi_headroom", "types",
+            }, name  # fmt: skip
+
+
+def test_only_settings_reads_the_environment() -> None:
+    """No module but settings looks at os.environ or os.getenv."""
+    for path in FILES:
+        if path.name != "settings.py":
+            assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path.name
+
+
+def test_the_demo_uses_public_names_only() -> None:
+    """The demo app imports the package itself, and none of its modules."""
+    for path in (ROOT / "demo_app").rglob("*.py"):
+        for name in imports_of(path):
+            if name.startswith("fastapi_headroom"):
+                assert name == "fastapi_headroom", f"{path.name} imports {name}"
