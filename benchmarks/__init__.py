@@ -1,0 +1,1 @@
+"""What fastapi-headroom costs, as ratios against peers measured in the same run."""

@@ -1,0 +1,1 @@
+"""The store: what workers write, what readers merge. See ``writer`` and ``reader``."""

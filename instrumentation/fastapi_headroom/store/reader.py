@@ -1,0 +1,162 @@
+"""The reading side of the store: merges the files of all workers into one snapshot.
+
+Reads what our writer and prometheus_client write, with the semantics of prometheus_client's
+``MultiProcessCollector``; besides, live gauges of slots whose worker is dead are left out. A file that is
+torn, truncated or foreign is skipped, named in ``Snapshot.unreadable`` and, once, in the log.
+
+What makes it fast: keys are parsed once (``files``), files of one layout are summed column-wise (``merge``), and
+a family's ``rows`` are the same object from read to read until a series comes or goes, so the exposition can keep
+what it derives from them (``rows.prefixes``) and format nothing but ``values``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+from fastapi_headroom.store import slot
+from fastapi_headroom.store.files import Buffer, Layouts, StoreFile
+from fastapi_headroom.store.layout import FileName, TornFileError
+from fastapi_headroom.store.merge import Plan, SeriesIndex, Totals
+from fastapi_headroom.store.snapshot import Family, Rows, Snapshot
+
+__all__ = ["Family", "Reader", "Rows", "Snapshot"]
+
+log = logging.getLogger("fastapi_headroom")
+_MANY = 65_536
+_FORGET_BEYOND = 10_000
+"""Series that are gone may be remembered up to this many, or as many as there are."""
+
+
+class Reader:
+    """Reads one directory, again and again. Not for concurrent use."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._buffer = Buffer()
+        self._files: dict[str, StoreFile] = {}
+        self._locks: dict[str, tuple[int, int]] = {}
+        self._reported: set[str] = set()
+        # Descriptors are kept open (see ``files``), but half of them are left to the rest of the process.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._pins = _MANY if limit == resource.RLIM_INFINITY else limit // 2
+        self._planned: tuple[int, frozenset[int]] = (0, frozenset())
+        self._forget_series()
+
+    def read(self) -> Snapshot:
+        """Merge what all workers wrote until now. A directory that is not there is empty. Never raises OSError."""
+        try:
+            with os.scandir(self._directory) as entries:
+                listing = sorted((entry.name, entry.inode()) for entry in entries)
+        except OSError as error:
+            listing = []
+            if not isinstance(error, FileNotFoundError):
+                self._report(str(self._directory), error)
+        snapshot = Snapshot(alive=self._alive([item for item in listing if item[0].endswith(".lock")]))
+        totals = self._merge([item for item in listing if item[0].endswith(".db")], snapshot)
+        absent = (
+            frozenset(number for number, value in enumerate(totals) if value is None) if None in totals else frozenset()
+        )
+        if (len(totals), absent) != self._planned:
+            self._plan = Plan(self._index, [number for number in range(len(totals)) if number not in absent])
+            self._planned = (len(totals), absent)
+        snapshot.families = self._plan.families(totals)
+        if len(absent) > max(_FORGET_BEYOND, len(totals) - len(absent)):
+            self._forget_series()
+        return snapshot
+
+    def close(self) -> None:
+        """Let go of all files. The reader can be used again."""
+        for file in self._files.values():
+            file.close()
+        for _, fd in self._locks.values():
+            os.close(fd)
+        self._files.clear()
+        self._locks.clear()
+
+    def _alive(self, listing: list[tuple[str, int]]) -> list[int]:
+        """Return the slots whose lock is held."""
+        for name in self._locks.keys() - {name for name, _ in listing}:
+            os.close(self._locks.pop(name)[1])
+        alive = []
+        for name, inode in listing:
+            match = slot.LOCK_FILE.fullmatch(name)
+            if match is None:
+                continue
+            try:
+                known = self._locks.get(name)
+                if known is None or known[0] != inode:
+                    if known is not None:
+                        os.close(self._locks.pop(name)[1])
+                    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                    known = self._locks[name] = (inode, os.open(self._directory / name, flags))
+                if slot.is_held(known[1]):
+                    alive.append(int(match[1]))
+            except OSError as error:
+                self._report(name, error)
+        return sorted(alive)
+
+    def _merge(self, listing: list[tuple[str, int]], snapshot: Snapshot) -> list[float | None]:
+        for gone in self._files.keys() - {name for name, _ in listing}:
+            self._files.pop(gone).close()
+        alive = set(snapshot.alive)
+        read = []
+        for name, inode in listing:
+            file = self._file(name, inode)
+            if file is None:
+                snapshot.unreadable.append(name)
+            elif not (file.name.slot is not None and file.name.mode.startswith("live") and file.name.slot not in alive):
+                read.append((name, file))
+        columns = []
+        pins = self._pins - len(self._locks)
+        for number, (name, file) in enumerate(read):
+            try:
+                view = file.read(self._buffer, self._layouts, pin=number < pins)
+            except FileNotFoundError:
+                continue  # it went between the listing and now, as live gauges do when a worker restarts
+            except (OSError, TornFileError) as error:
+                snapshot.unreadable.append(name)
+                self._report(name, error)
+                continue
+            if file.layout is not None:
+                mode = file.name.mode.removeprefix("live")
+                times = file.layout.pick_times(view) if mode == "mostrecent" else None
+                columns.append((mode, file.layout, file.layout.pick(view), times))
+        snapshot.unreadable.sort()
+        totals = Totals(len(self._index.series))
+        for mode, layout, column, times in columns:
+            if times is None:
+                totals.add(mode, layout, column)
+            else:
+                totals.add_recent(layout, column, times)
+        return totals.finish()
+
+    def _file(self, name: str, inode: int) -> StoreFile | None:
+        file = self._files.get(name)
+        if file is not None and file.inode == inode:
+            return file
+        if file is not None:
+            self._files.pop(name).close()
+        parsed = FileName.parse(name)
+        if parsed is None:
+            self._report(name, TornFileError("its name is none that prometheus_client or fastapi-headroom gives"))
+            return None
+        file = self._files[name] = StoreFile(str(self._directory / name), inode, parsed, self._index.number)
+        return file
+
+    def _report(self, name: str, error: Exception) -> None:
+        if name not in self._reported:
+            self._reported.add(name)
+            log.warning("fastapi-headroom: %s in %s is skipped: %s", name, self._directory, error)
+
+    def _forget_series(self) -> None:
+        """Start with no series known: those of files that are gone must not pile up."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._index = SeriesIndex()
+        self._layouts = Layouts()
+        self._plan = Plan(self._index, ())
+        self._planned = (0, frozenset())

@@ -1,0 +1,168 @@
+"""A mapped file of series, or the same in anonymous memory.
+
+A file is sparse and mapped once, so indexes never move. Its space is reserved in steps before it is
+written: a page that the file system cannot back would end the process by SIGBUS.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastapi_headroom.store import layout
+from fastapi_headroom.store.handles import Handle
+
+CAPACITY = 16 << 20
+"""Bytes of address space of one file; what is not reserved takes no memory."""
+STEP = 64 << 10
+"""Bytes that are reserved at a time."""
+
+
+class FullError(Exception):
+    """A region has no room for another series."""
+
+
+class Region:
+    """Series in one mapping. Callers hold the writer's lock, save for the handles' own writes."""
+
+    __slots__ = ("_fd", "_map", "_reserved", "capacity", "handles", "positions", "used", "view")
+
+    def __init__(self, mapping: mmap.mmap, fd: int | None, used: int, reserved: int) -> None:
+        self._map = mapping
+        self._fd = fd
+        self._reserved = reserved
+        self.capacity = len(mapping)
+        self.used = used
+        self.view: memoryview[float] = memoryview(mapping).cast("d")
+        self.positions: dict[bytes, int] = {}
+        self.handles: list[Handle] = []
+
+    @classmethod
+    def anonymous(cls, capacity: int = CAPACITY) -> Region:
+        """Make a region that no file backs."""
+        return cls(_anonymous_map(capacity), None, layout.HEADER, capacity)
+
+    @classmethod
+    def create(cls, path: Path, capacity: int, mode: int, entries: Iterable[tuple[bytes, float]] = ()) -> Region:
+        """Make a new file with these entries. It takes its name when it is whole, replacing what had it.
+
+        Raises OSError when there is no space or no right to write.
+        """
+        unnamed = path.with_name(path.name + ".new")
+        unnamed.unlink(missing_ok=True)
+        fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            os.fchmod(fd, mode)
+            content = b"".join(layout.entry(raw, value) for raw, value in entries)
+            region = cls._map_file(fd, capacity, layout.HEADER + len(content))
+            region._map[layout.HEADER : region.used] = content
+            region._map[0:4] = layout.used_header(region.used)
+            region.positions = dict(layout.parse(memoryview(region._map), layout.HEADER, region.used))
+            unnamed.rename(path)
+        except BaseException:
+            os.close(fd)
+            unnamed.unlink(missing_ok=True)
+            raise
+        return region
+
+    @classmethod
+    def open(cls, path: Path, capacity: int) -> Region:
+        """Map a file that is there and go on from its values.
+
+        Raises FileNotFoundError, OSError for want of space, and TornFileError when it is damaged.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            # Read before it is mapped: what a short file does not hold must not be touched in the mapping.
+            size = os.fstat(fd).st_size
+            used = layout.read_used(os.pread(fd, layout.HEADER, 0))
+            positions = dict(layout.parse(_read(fd, min(used, size)), layout.HEADER, used))
+            region = cls._map_file(fd, max(capacity, size // 8 * 8), used)
+        except BaseException:
+            os.close(fd)
+            raise
+        region.positions = positions
+        return region
+
+    @classmethod
+    def _map_file(cls, fd: int, capacity: int, used: int) -> Region:
+        if used > capacity:
+            raise FullError
+        if os.fstat(fd).st_size < capacity:
+            os.ftruncate(fd, capacity)
+        reserved = min(capacity, _round_up(used))
+        _reserve(fd, 0, reserved)
+        return cls(mmap.mmap(fd, capacity), fd, used, reserved)
+
+    def place(self, keys: list[bytes]) -> list[int]:
+        """Return the indexes of the values of some keys; those that are missing are made together, at 0.
+
+        Readers see all of the new ones or none. Raises FullError when the region is full and OSError
+        when the file system is.
+        """
+        missing = [raw for raw in keys if raw not in self.positions]
+        if missing:
+            content = b"".join(map(layout.entry, missing))
+            start, end = self.used, self.used + len(content)
+            if end > self.capacity:
+                raise FullError
+            if end > self._reserved:
+                self._reserve_until(end)
+            self._map[start:end] = content
+            self.used = end
+            # The entries are complete before the header speaks of them: readers take no lock.
+            self._map[0:4] = layout.used_header(end)
+            self.positions.update(layout.parse(content, 0, len(content), start))
+        return [self.positions[raw] for raw in keys]
+
+    def _reserve_until(self, end: int) -> None:
+        reserved = min(self.capacity, _round_up(end))
+        if self._fd is not None:
+            _reserve(self._fd, self._reserved, reserved - self._reserved)
+        self._reserved = reserved
+
+    def detach(self, *, copy: bool) -> None:
+        """Move to anonymous memory, with the values or with zeros; every handle follows, the file stays as it is."""
+        mapping = _anonymous_map(self.capacity)
+        if copy:
+            mapping[0 : self.used] = self._map[0 : self.used]
+        if self._fd is not None:
+            os.close(self._fd)
+        self._map, self._fd, self._reserved = mapping, None, self.capacity
+        # The old mapping goes when its last user has let go of it; closing it here could fail a running write.
+        self.view = memoryview(mapping).cast("d")
+        for handle in self.handles:
+            handle.view = self.view
+
+    def entries(self) -> list[tuple[bytes, float]]:
+        """Return every key with its value."""
+        return [(raw, self.view[index]) for raw, index in list(self.positions.items())]
+
+
+def _round_up(size: int) -> int:
+    return -(-size // STEP) * STEP
+
+
+def _anonymous_map(capacity: int) -> mmap.mmap:
+    return mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _read(fd: int, size: int) -> bytes:
+    content = b""
+    while len(content) < size and (chunk := os.pread(fd, size - len(content), len(content))):
+        content += chunk
+    return content
+
+
+def _reserve(fd: int, start: int, length: int) -> None:
+    """Have the file system set space aside. Raises OSError (ENOSPC, EDQUOT) when it has none."""
+    if length <= 0:
+        return
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, start, length)
+        return
+    # Writing is how space is reserved elsewhere; what is there already is written back as it is.
+    written = os.pread(fd, length, start)
+    os.pwrite(fd, written + bytes(length - len(written)), start)

@@ -1,0 +1,311 @@
+"""The writing side of the store: makes series and hands out the handles that probes write through.
+
+Only making a series takes a lock; writing to one is what its handle does (see ``handles``). Nothing here
+raises because of a disk, a directory or a lock: the writer then goes on in anonymous memory, says so once
+in the log, and ``headroom_store_degraded`` turns 1 where it can still be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi_headroom import catalog
+from fastapi_headroom.catalog import Metric
+from fastapi_headroom.errors import StoreError
+from fastapi_headroom.store import handles, layout
+from fastapi_headroom.store.carry import carry_over
+from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge
+from fastapi_headroom.store.region import CAPACITY, FullError, Region
+from fastapi_headroom.store.slot import Slot, prepare_directory
+
+__all__ = ["OVERFLOW", "Counter", "Gauge", "Histogram", "Samples", "Writer", "redirect", "watch_redirect"]
+
+log = logging.getLogger("fastapi_headroom")
+OVERFLOW = "_overflow"
+"""The value of every label of a family's series for what came after the cap."""
+_BYTES_PER_SERIES = 512
+_COUNTER, _GAUGE, _HISTOGRAM = handles.classes(handles.gil_enabled())
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class Writer:
+    """One worker's series. ``worker`` is the slot number as text, for ``worker`` labels."""
+
+    def __init__(self, directory: Path | None, slot: Slot | None, *, group_readable: bool, max_series: int) -> None:
+        self.worker = str(slot.number) if slot else "0"
+        self.degraded = False
+        self._directory, self._slot = directory, slot
+        self._file_mode = 0o640 if group_readable else 0o600
+        self._max_series = max_series
+        self._capacity = max(CAPACITY, -(-max_series * _BYTES_PER_SERIES // CAPACITY) * CAPACITY)
+        self._lock = threading.RLock()
+        self._regions: dict[str, Region] = {}
+        self._spares: dict[str, Region] = {}
+        self._handles: dict[tuple[Metric, tuple[str, ...]], Handle] = {}
+        self._overflow_logged = False
+        _writers.add(self)
+
+    @classmethod
+    def open(cls, directory: Path, *, group_readable: bool = False, max_series: int = 20_000) -> Writer:
+        """Claim the lowest free slot of a directory and go on from its counters.
+
+        When that cannot be, log why and what to do, and count in memory only.
+        """
+        if _redirected is not None:
+            return _redirected
+        slot = None
+        try:
+            prepare_directory(directory, group_readable=group_readable)
+            slot = Slot.claim(directory, mode=0o640 if group_readable else 0o600)
+            writer = cls(directory, slot, group_readable=group_readable, max_series=max_series)
+            writer._take_over(slot)
+        except (OSError, StoreError) as error:
+            if slot is not None:
+                slot.release()
+            writer = cls(directory, None, group_readable=group_readable, max_series=max_series)
+            writer._degrade(error)
+        writer._make_own_series(restarted=slot is not None and slot.owned_before)
+        return writer
+
+    @classmethod
+    def in_memory(cls, *, max_series: int = 20_000) -> Writer:
+        """Make a writer without files, for tests and notebooks. Its worker is "0"."""
+        writer = cls(None, None, group_readable=False, max_series=max_series)
+        writer._make_own_series(restarted=False)
+        return writer
+
+    def counter(self, metric: Metric, *values: str) -> Counter:
+        """Return the handle of a counter; its series exists from now on. ``values`` are in the order of the labels."""
+        handle = self._handles.get((metric, values)) or self._make(metric, values, "counter")
+        assert isinstance(handle, Counter)
+        return handle
+
+    def gauge(self, metric: Metric, *values: str) -> Gauge:
+        """Return the handle of a gauge; its series exists from now on."""
+        handle = self._handles.get((metric, values)) or self._make(metric, values, "gauge")
+        assert isinstance(handle, Gauge)
+        return handle
+
+    def histogram(self, metric: Metric, *values: str) -> Histogram:
+        """Return the handle of a histogram; its series exist from now on."""
+        handle = self._handles.get((metric, values)) or self._make(metric, values, "histogram")
+        assert isinstance(handle, Histogram)
+        return handle
+
+    def samples(self) -> Samples:
+        """Return what this worker wrote, as it would be scraped: (sample name, label pairs) to value."""
+        samples: Samples = {}
+        for regions in (self._regions, self._spares):
+            for stem, region in list(regions.items()):
+                kind = "gauge" if stem.startswith("gauge") else "histogram" if stem == "histogram" else "counter"
+                samples.update(layout.expose(region.entries(), kind))
+        return samples
+
+    def value(self, name: str, /, **labels: str) -> float:
+        """Return the value of one sample. Raises KeyError when there is none."""
+        return self.samples()[name, tuple(sorted(labels.items()))]
+
+    def close(self) -> None:
+        """Release the slot; handles go on in anonymous memory. Idempotent."""
+        with self._lock:
+            slot, directory = self._slot, self._directory
+            self._leave_files(copy=True)
+            if slot is not None and directory is not None:
+                # While the slot is still ours: a live gauge of nobody would stay in an app's own /metrics.
+                _remove_gauges(directory, slot.number)
+                slot.release()
+
+    # ------------------------------------------------------------------ making series
+    def _make(self, metric: Metric, values: tuple[str, ...], kind: str) -> Handle:
+        if metric.kind != kind:
+            raise ValueError(f"{metric.name} is a {metric.kind}, not a {kind}")
+        if len(values) != len(metric.labels):
+            raise ValueError(f"{metric.name} has the labels {metric.labels}, but the values given are {values}")
+        with self._lock:
+            handle = self._handles.get((metric, values))
+            if handle is not None:
+                return handle
+            folded = tuple(OVERFLOW for _ in values)
+            handle = self._place(metric, values, capped=values != folded and metric.stem != "self")
+            if handle is None:
+                handle = self._fold(metric, folded)
+                # Folded label sets are remembered up to a bound: a hostile client makes new ones without end.
+                if len(self._handles) > 2 * self._max_series:
+                    return handle
+            self._handles[metric, values] = handle
+            return handle
+
+    def _place(self, metric: Metric, values: tuple[str, ...], *, capped: bool) -> Handle | None:
+        """Make a handle in the metric's file, or in memory when the disk is full. None: the cap is reached."""
+        stem = layout.stem_of(metric)
+        keys = layout.keys_of(metric, [layout.clean(value) for value in values])
+        capped = capped and bool(values)
+        for region in (self._region(stem), self._spares.get(stem)):
+            if region is not None and keys[0] in region.positions:
+                return self._handle(metric, region, region.place(keys))
+        if capped and self._series() + len(keys) > self._max_series:
+            return None
+        try:
+            region = self._region(stem)
+            return self._handle(metric, region, region.place(keys))
+        except FullError as error:
+            if capped:
+                return None
+            self._degrade(error)
+        except OSError as error:
+            self._degrade(error)
+        spare = self._spares.setdefault(stem, Region.anonymous(self._capacity))
+        return self._handle(metric, spare, spare.place(keys))
+
+    def _fold(self, metric: Metric, folded: tuple[str, ...]) -> Handle:
+        if not self._overflow_logged:
+            self._overflow_logged = True
+            log.warning(
+                "fastapi-headroom: this worker has %d series, the most that max_series=%d allows; further label sets "
+                "count as %s (first: %s). Raise HEADROOM_MAX_SERIES, or look for a label without bounds.",
+                self._series(),
+                self._max_series,
+                OVERFLOW,
+                metric.name,
+            )
+        self.counter(catalog.LABEL_OVERFLOW).inc()
+        return self._make(metric, folded, metric.kind)
+
+    def _handle(self, metric: Metric, region: Region, indexes: list[int]) -> Handle:
+        handle: Handle
+        if metric.kind == "histogram":
+            handle = _HISTOGRAM(region.view, indexes[0], tuple(indexes[1:]), metric.buckets)
+        elif metric.kind == "counter":
+            handle = _COUNTER(region.view, indexes[0])
+        elif metric.mode == "livemostrecent":
+            handle = RecentGauge(region.view, indexes[0])
+        else:
+            handle = _GAUGE(region.view, indexes[0])
+        region.handles.append(handle)
+        return handle
+
+    def _series(self) -> int:
+        return sum(len(region.positions) for region in (*self._regions.values(), *self._spares.values()))
+
+    def _region(self, stem: str) -> Region:
+        """Return the region of a file, made when it is first asked for. Without space it is one in memory."""
+        region = self._regions.get(stem)
+        if region is None:
+            region = self._regions[stem] = self._create(stem)
+        return region
+
+    def _create(self, stem: str) -> Region:
+        if self._directory is not None and self._slot is not None:
+            try:
+                path = self._directory / layout.file_name(stem, self._slot.number)
+                return Region.create(path, self._capacity, self._file_mode)
+            except OSError as error:
+                self._degrade(error)
+        return Region.anonymous(self._capacity)
+
+    # ------------------------------------------------------------------ slot and files
+    def _take_over(self, slot: Slot) -> None:
+        """Go on from the counters that the slot's last owner left; its gauges are gone with it."""
+        assert self._directory is not None
+        _remove_gauges(self._directory, slot.number)
+        fingerprint = layout.fingerprint(catalog.ALL)
+        for stem in ("counter", "histogram"):
+            path = self._directory / layout.file_name(stem, slot.number)
+            try:
+                region = Region.open(path, self._capacity)
+                if slot.fingerprint != fingerprint:
+                    kept = carry_over(region.entries(), stem, catalog.ALL)
+                    region = Region.create(path, self._capacity, self._file_mode, kept.items())
+            except FileNotFoundError:
+                continue
+            except (layout.TornFileError, FullError) as error:
+                aside = path.with_name(path.name + ".torn")
+                log.warning("fastapi-headroom: %s starts anew, the old file is kept as %s: %s", path, aside, error)
+                path.rename(aside)
+                continue
+            self._regions[stem] = region
+        slot.record(fingerprint)
+
+    def _make_own_series(self, *, restarted: bool) -> None:
+        self.counter(catalog.LABEL_OVERFLOW)
+        self.gauge(catalog.STORE_DEGRADED).set(1.0 if self.degraded else 0.0)
+        restarts = self.counter(catalog.WORKER_RESTARTS)
+        if restarted:
+            restarts.inc()
+
+    def _degrade(self, error: Exception) -> None:
+        if self.degraded:
+            return
+        self.degraded = True
+        if isinstance(error, FullError):
+            reason = f"a file in {self._directory} is full; look for label values without bounds"
+        elif isinstance(error, OSError):
+            reason = f"{self._directory}: {error.strerror}; make room there and restart the worker"
+        else:
+            reason = str(error)
+        log.error(
+            "fastapi-headroom: the app goes on, but what is counted in memory is missing from scrapes: %s", reason
+        )
+        degraded = self._handles.get((catalog.STORE_DEGRADED, ()))
+        if isinstance(degraded, Gauge):
+            degraded.set(1.0)
+
+    def _leave_files(self, *, copy: bool) -> None:
+        for region in self._regions.values():
+            region.detach(copy=copy)
+        self._directory, self._slot = None, None
+
+    def _after_fork_in_child(self) -> None:
+        """Keep nothing of the parent's: neither its lock, which would outlive it, nor its files."""
+        self._lock = threading.RLock()  # another thread of the parent may have held it
+        if self._slot is not None:
+            self._slot.release()
+            self._leave_files(copy=False)
+
+
+def _remove_gauges(directory: Path, slot: int) -> None:
+    for mode in layout.GAUGE_MODES:
+        (directory / layout.file_name(f"gauge_{mode}", slot)).unlink(missing_ok=True)
+
+
+_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+_redirected: Writer | None = None
+_watchers: list[Callable[[], None]] = []
+
+
+def redirect(writer: Writer | None) -> None:
+    """Let every ``Writer.open`` return this writer (None: a real one again), and tell those who watch.
+
+    The door for ``testing.capture_metrics``: whoever has bound probes to a writer registers with
+    ``watch_redirect`` and binds them anew to what ``Writer.open`` then returns.
+    """
+    global _redirected
+    _redirected = writer
+    for watcher in tuple(_watchers):
+        watcher()
+
+
+def watch_redirect(watcher: Callable[[], None]) -> Callable[[], None]:
+    """Call ``watcher`` after each change of the redirection. Returns a function that ends this."""
+    _watchers.append(watcher)
+
+    def stop() -> None:
+        if watcher in _watchers:
+            _watchers.remove(watcher)
+
+    return stop
+
+
+def _after_fork_in_child() -> None:
+    handles.renew_lock()
+    for writer in list(_writers):
+        writer._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
