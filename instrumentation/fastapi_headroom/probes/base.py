@@ -19,6 +19,8 @@ class Probe(Protocol):
     """The stem."""
     metrics: ClassVar[tuple[Metric, ...]]
     """The rows of the catalog that it may write."""
+    guard: Guard
+    """Takes what its hooks raise."""
 
     def bind(self, writer: Writer) -> None:
         """Resolve handles and attach hooks. Called when the worker first serves, and again after a fork:

@@ -1,0 +1,152 @@
+"""The wait ledger: where the time of one request went, by stage, summing to its duration.
+
+A request is at every moment in one of three states, and the ledger charges the time that passes to
+
+* ``on_loop`` while a step of the request's own code runs on the event loop (see ``driver``);
+* the waits that are open (``enter`` without ``leave``) while no step runs. Waits that overlap, as under
+  ``asyncio.gather``, share the time equally, so that the stages never sum to more than the wall time;
+* ``other`` when nothing is open.
+
+``other`` is what is left of the duration when the request finishes, so the stages sum to it by construction.
+Times are seconds of ``time.perf_counter``. The ledger is written by the loop's thread and, for sync endpoints,
+by the thread that runs them; every operation on it is one that the interpreter does not tear.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from time import perf_counter
+from typing import Final
+
+STAGES: Final = (
+    "accept_queue",
+    "on_loop",
+    "loop_blocked",
+    "threadpool_wait",
+    "threadpool",
+    "pool_wait",
+    "db",
+    "cache",
+    "http_client",
+    "publish",
+    "other",
+)
+"""Names of the stages. ``accept_queue`` passes before the app is called and is no part of the sum."""
+
+ACCEPT_QUEUE: Final = 0
+ON_LOOP: Final = 1
+LOOP_BLOCKED: Final = 2
+THREADPOOL_WAIT: Final = 3
+THREADPOOL: Final = 4
+POOL_WAIT: Final = 5
+DB: Final = 6
+CACHE: Final = 7
+HTTP_CLIENT: Final = 8
+PUBLISH: Final = 9
+OTHER: Final = 10
+
+_ZEROS: Final = [0.0] * len(STAGES)
+
+
+class Ledger:
+    """The ledger of one request, found by hooks in ``current``.
+
+    ``route`` is the route's template, empty until the router has matched, and ``prefix`` the templates of the
+    mounts on the way there. ``queries`` and ``cache_calls`` are counted by the probes that see them. ``trace``
+    belongs to tracing.
+    """
+
+    __slots__ = (
+        "cache_calls",
+        "finished",
+        "longest_step",
+        "mark",
+        "method",
+        "prefix",
+        "queries",
+        "route",
+        "seconds",
+        "started",
+        "stepping",
+        "trace",
+        "waited",
+        "waits",
+    )
+
+    def __init__(self, method: str = "", started: float | None = None) -> None:
+        self.method = method
+        self.route = ""
+        self.prefix = ""
+        self.queries = 0
+        self.cache_calls = 0
+        self.trace: object | None = None
+        self.started = perf_counter() if started is None else started
+        """When the app was called."""
+        self.mark = self.started
+        """Up to when the time has been charged; the start of the step while one runs."""
+        self.stepping = False
+        """True while a step of the request runs on the event loop."""
+        self.finished = False
+        self.longest_step = 0.0
+        """Seconds of the longest step: how long the request held the loop in one go."""
+        self.waited = False
+        """True once time may be charged to a stage other than ``on_loop`` and ``other``."""
+        self.waits: list[int] = []
+        """Stages that are open, once per ``enter``."""
+        self.seconds: list[float] = _ZEROS.copy()
+        """Seconds by stage; ``other`` is there once the request has finished."""
+
+    def enter(self, stage: int) -> None:
+        """Open a wait of that stage. It may nest in and overlap with others."""
+        if not self.stepping:
+            self.charge(perf_counter())
+        self.waited = True
+        self.waits.append(stage)
+
+    def leave(self, stage: int) -> None:
+        """Close a wait of that stage; without effect when none is open."""
+        if not self.stepping:
+            self.charge(perf_counter())
+        try:
+            self.waits.remove(stage)
+        except ValueError:
+            pass
+
+    def charge(self, now: float) -> None:
+        """Charge the time since ``mark`` to the waits that are open. Only while no step runs."""
+        elapsed = now - self.mark
+        self.mark = now
+        waits = self.waits
+        if waits and not self.finished:
+            seconds = self.seconds
+            if len(waits) == 1:
+                seconds[waits[0]] += elapsed
+            else:
+                share = elapsed / len(waits)
+                for stage in tuple(waits):
+                    seconds[stage] += share
+
+    def charge_step(self, now: float) -> None:
+        """Charge the time since ``mark`` to ``on_loop``: the step that began there ends, or the request within it."""
+        elapsed = now - self.mark
+        self.mark = now
+        self.seconds[ON_LOOP] += elapsed
+        if elapsed > self.longest_step:
+            self.longest_step = elapsed
+
+    def finish(self, now: float) -> float:
+        """Close the books at ``now`` and return the duration. What comes later (background tasks) does not count."""
+        if self.stepping:
+            self.charge_step(now)
+        else:
+            self.charge(now)
+        self.finished = True
+        duration = now - self.started
+        seconds = self.seconds
+        rest = duration - (sum(seconds) - seconds[ACCEPT_QUEUE] if self.waited else seconds[ON_LOOP])
+        seconds[OTHER] = rest if rest > 0.0 else 0.0
+        return duration
+
+
+current: ContextVar[Ledger | None] = ContextVar("headroom_ledger", default=None)
+"""The ledger of the request that this code runs for."""

@@ -1,0 +1,181 @@
+"""SQL statements: how long they take, how many a request runs, and when a held connection works at all.
+
+SQLAlchemy's cursor events would serve, but an engine with any listener takes a slower path through several more of
+them, and nothing is fired when a hook before ours raises; a wrap with ``finally`` closes the ledger's wait always.
+"""
+
+from __future__ import annotations
+
+import re
+from time import perf_counter
+from typing import Any, Final
+
+from fastapi_headroom import catalog, ledger
+from fastapi_headroom.ledger import DB
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.patches import Patches
+from fastapi_headroom.probes.pool_series import HOLD_KEY
+from fastapi_headroom.store.writer import Histogram, Writer
+
+OPERATIONS: Final = frozenset({
+    "SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "VALUES", "CALL", "EXECUTE", "COPY",
+    "BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SET", "SHOW", "EXPLAIN", "PRAGMA", "LOCK",
+    "CREATE", "ALTER", "DROP", "TRUNCATE", "VACUUM", "ANALYZE", "REFRESH", "GRANT", "REVOKE", "LISTEN", "NOTIFY",
+})  # fmt: skip
+"""The values of ``db_operation_name``; any other statement is OTHER."""
+MAX_ERROR_TYPES: Final = 30
+_SYSTEMS: Final = {"mssql": "microsoft.sql_server", "oracle": "oracle.db"}
+_FAST: Final = {word: word for word in ("SELECT", "INSERT", "UPDATE", "DELETE", "COMMIT")}
+_FIRST_WORD: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*([A-Za-z]+)", re.DOTALL)
+
+
+def operation_name(sql: str) -> str:
+    """Return the statement's first keyword, past comments and parentheses: one of OPERATIONS, else OTHER.
+
+    ``WITH`` counts as SELECT, which it nearly always is.
+    """
+    match = _FIRST_WORD.match(sql)
+    word = match[1].upper() if match else ""
+    if word == "WITH":
+        return "SELECT"
+    return word if word in OPERATIONS else "OTHER"
+
+
+class Statements:
+    """Times statements. ``writer`` is None while the probe is not bound; the hooks do nothing then."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.writer: Writer | None = None
+        self._handles: dict[tuple[str, str], Histogram] = {}
+        self._error_types: set[str] = set()
+
+    def bind(self, writer: Writer | None) -> None:
+        """Write to ``writer`` from now on, or nowhere."""
+        self._handles = {}
+        self._error_types = set()
+        self.writer = writer
+
+    def attach(self, patches: Patches) -> None:
+        """Wrap the places where SQLAlchemy runs statements. Raises AttributeError when they are not there."""
+        from sqlalchemy.engine.base import Connection
+        from sqlalchemy.engine.default import DefaultDialect
+
+        patches.wrap(Connection, "_exec_single_context", self._wrap_context)
+        patches.wrap(Connection, "_exec_insertmany_context", self._wrap_context)
+        patches.wrap(Connection, "_cursor_execute", self._wrap_cursor)
+        patches.wrap(Connection, "_commit_impl", lambda original: self._wrap_transaction(original, "COMMIT"))
+        patches.wrap(Connection, "_rollback_impl", lambda original: self._wrap_transaction(original, "ROLLBACK"))
+        patches.wrap(DefaultDialect, "_do_ping_w_event", self._wrap_ping)
+
+    def _wrap_context(self, original: Any) -> Any:
+        def execute(connection: Any, dialect: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+            # without autobegin it is the dialect's own look around on a new connection: part of creating it
+            if self.writer is None or not connection._allow_autobegin:
+                return original(connection, dialect, context, *args, **kwargs)
+            request = ledger.current.get()
+            if request is not None:
+                request.queries += 1
+                request.enter(DB)
+            error = ""
+            started = perf_counter()
+            try:
+                return original(connection, dialect, context, *args, **kwargs)
+            except BaseException as raised:
+                error = type(raised).__name__
+                raise
+            finally:
+                elapsed = perf_counter() - started
+                if request is not None:
+                    request.leave(DB)
+                sql = context.statement or ""
+                self._finish(connection, _FAST.get(sql[:6]) or operation_name(sql), elapsed, error)
+
+        return execute
+
+    def _wrap_cursor(self, original: Any) -> Any:
+        def execute(connection: Any, cursor: Any, statement: str, *args: Any, **kwargs: Any) -> Any:
+            if self.writer is None or not connection._allow_autobegin:
+                return original(connection, cursor, statement, *args, **kwargs)
+            request = ledger.current.get()
+            if request is not None:
+                request.queries += 1
+                request.enter(DB)
+            error = ""
+            started = perf_counter()
+            try:
+                return original(connection, cursor, statement, *args, **kwargs)
+            except BaseException as raised:
+                error = type(raised).__name__
+                raise
+            finally:
+                elapsed = perf_counter() - started
+                if request is not None:
+                    request.leave(DB)
+                self._finish(connection, operation_name(statement), elapsed, error)
+
+        return execute
+
+    def _wrap_transaction(self, original: Any, operation: str) -> Any:
+        def end(connection: Any) -> None:
+            if self.writer is None:
+                original(connection)
+                return
+            request = ledger.current.get()
+            if request is not None:
+                request.enter(DB)
+            error = ""
+            started = perf_counter()
+            try:
+                original(connection)
+            except BaseException as raised:
+                error = type(raised).__name__
+                raise
+            finally:
+                elapsed = perf_counter() - started
+                if request is not None:
+                    request.leave(DB)
+                self._finish(connection, operation, elapsed, error)
+
+        return end
+
+    def _wrap_ping(self, original: Any) -> Any:
+        def ping(dialect: Any, *args: Any, **kwargs: Any) -> Any:
+            request = None if self.writer is None else ledger.current.get()
+            if request is None:
+                return original(dialect, *args, **kwargs)
+            request.enter(DB)
+            try:
+                return original(dialect, *args, **kwargs)
+            finally:
+                request.leave(DB)
+
+        return ping
+
+    def _finish(self, connection: Any, operation: str, elapsed: float, error: str) -> None:
+        try:
+            fairy = connection._dbapi_connection
+            record = None if fairy is None else fairy._connection_record
+            if record is not None:
+                hold = record.record_info.get(HOLD_KEY)
+                if hold is not None:
+                    hold.busy += elapsed
+            system = connection.dialect.name
+            if error:
+                self._histogram(system, operation, error).observe(elapsed)
+                return
+            handle = self._handles.get((system, operation))
+            if handle is None:
+                handle = self._handles[system, operation] = self._histogram(system, operation, "")
+            handle.observe(elapsed)
+        except Exception as failure:
+            self.guard.failed(failure)
+
+    def _histogram(self, system: str, operation: str, error: str) -> Histogram:
+        assert self.writer is not None
+        if error and error not in self._error_types:
+            if len(self._error_types) >= MAX_ERROR_TYPES:
+                error = "_OTHER"
+            else:
+                self._error_types.add(error)
+        return self.writer.histogram(catalog.DB_OPERATION_DURATION, _SYSTEMS.get(system, system), operation, error)

@@ -1,0 +1,469 @@
+"""The pool probe against real PostgreSQL: waits, holds, counts and blame equal the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sqlalchemy import Engine, create_engine, exc, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool, Pool, QueuePool, SingletonThreadPool, StaticPool
+
+from demo_app.stack.servers import Postgres
+from fastapi_headroom import ledger
+from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.ledger import POOL_WAIT, Ledger
+from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.settings import load
+from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing import spans
+
+POOL = "db_client_connection_pool_name"
+HOLD = 0.1
+
+
+@pytest.fixture
+def writer() -> Writer:
+    return Writer.in_memory()
+
+
+@pytest.fixture
+def probe(writer: Writer) -> Iterator[PoolProbe]:
+    probe = PoolProbe(load({}))
+    probe.bind(writer)
+    yield probe
+    assert writer.value("headroom_probe_up", probe="pool") == 1.0
+    probe.close()
+
+
+@pytest.fixture
+async def engine(postgres: Postgres) -> AsyncIterator[AsyncEngine]:
+    """An async engine with two connections at most."""
+    engine = create_async_engine(
+        postgres.url(driver="asyncpg"), pool_size=2, max_overflow=0, pool_timeout=5, pool_logging_name="shop"
+    )
+    yield engine
+    await engine.dispose()
+
+
+def value(writer: Writer, name: str, pool: str = "shop", **labels: str) -> float:
+    return writer.value(name, **{POOL: pool}, **labels)
+
+
+def count(writer: Writer, state: str, pool: str = "shop") -> float:
+    return value(writer, "db_client_connection_count", pool, db_client_connection_state=state)
+
+
+def names(writer: Writer, sample: str) -> set[str]:
+    return {dict(labels)[POOL] for name, labels in writer.samples() if name == sample}
+
+
+async def warm(engine: AsyncEngine, connections: int = 2) -> None:
+    """Open connections, so that none is made while something is timed."""
+    opened = [await engine.connect() for _ in range(connections)]
+    for connection in opened:
+        await connection.close()
+
+
+async def hold(engine: AsyncEngine, seconds: float = HOLD) -> None:
+    async with engine.connect():
+        await asyncio.sleep(seconds)
+
+
+async def test_waits_of_an_async_pool_equal_the_truth(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """Six checkouts on two connections held 100 ms each wait 0 0 100 100 200 200 ms."""
+    await warm(engine)
+    before = value(writer, "db_client_connection_wait_time_seconds_sum")
+    started = time.perf_counter()
+    await asyncio.gather(*(hold(engine) for _ in range(6)))
+    late = time.perf_counter() - started - 3 * HOLD
+    waited = value(writer, "db_client_connection_wait_time_seconds_sum") - before
+    assert waited == pytest.approx(6 * HOLD, abs=0.01 + 4 * late)
+    assert value(writer, "db_client_connection_wait_time_seconds_count") == 2 + 6
+    assert value(writer, "db_client_connection_wait_time_seconds_bucket", le="0.01") == 2 + 2
+    assert value(writer, "db_client_connection_wait_time_seconds_bucket", le="0.05") == 2 + 2
+    assert value(writer, "headroom_pool_wait_seconds_total", http_route="_outside") == pytest.approx(waited + before)
+
+
+def test_waits_of_a_sync_pool_in_threads_equal_the_truth(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+    """Six threads on two psycopg connections held 100 ms each wait 600 ms together."""
+    engine = create_engine(postgres.url(driver="psycopg"), pool_size=2, max_overflow=0, pool_logging_name="shop")
+    first, second = engine.connect(), engine.connect()
+    first.close(), second.close()
+    barrier = threading.Barrier(6)
+
+    def work() -> None:
+        barrier.wait()
+        with engine.connect() as connection:
+            connection.execute(text("select 1"))
+            time.sleep(HOLD)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(6) as threads:
+        for done in [threads.submit(work) for _ in range(6)]:
+            done.result()
+    late = time.perf_counter() - started - 3 * HOLD
+    waited = value(writer, "db_client_connection_wait_time_seconds_sum")
+    assert waited == pytest.approx(6 * HOLD, abs=0.01 + 4 * late)
+    assert value(writer, "db_client_connection_use_time_seconds_count") == 8
+    probe.sample()
+    assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
+    engine.dispose()
+
+
+async def test_waiters_are_pending_until_they_get_one(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """The gauges show two used, none idle and three pending while the pool is exhausted, and the limits."""
+    await warm(engine)
+    tasks = [asyncio.create_task(hold(engine, 0.2)) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(probe.sample)
+    assert (count(writer, "used"), count(writer, "idle")) == (2, 0)
+    assert value(writer, "db_client_connection_pending_requests") == 3
+    assert value(writer, "db_client_connection_max") == 2
+    assert value(writer, "db_client_connection_idle_max") == 2
+    assert value(writer, "headroom_pool_overflow") == 0
+    await asyncio.gather(*tasks)
+    probe.sample()
+    assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
+    assert value(writer, "db_client_connection_pending_requests") == 0
+
+
+async def test_exhausted_pool_counts_time_outs(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+    """A checkout that gives up after pool_timeout is one time-out, and its wait is in the histogram."""
+    engine = create_async_engine(
+        postgres.url(driver="asyncpg"), pool_size=1, max_overflow=0, pool_timeout=0.1, pool_logging_name="shop"
+    )
+    async with engine.connect():
+        with pytest.raises(exc.TimeoutError):
+            await engine.connect()
+    assert value(writer, "db_client_connection_timeouts_total") == 1
+    assert value(writer, "db_client_connection_wait_time_seconds_sum") >= 0.1
+    probe.sample()
+    assert value(writer, "db_client_connection_pending_requests") == 0
+    await engine.dispose()
+
+
+async def test_making_a_connection_is_no_wait(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """The first checkouts open connections: create time is recorded, and the wait stays near 0."""
+    await warm(engine)
+    assert value(writer, "db_client_connection_create_time_seconds_count") == 2
+    created = value(writer, "db_client_connection_create_time_seconds_sum")
+    assert created > 0.002
+    assert value(writer, "db_client_connection_wait_time_seconds_sum") < min(0.001, created / 2)
+
+
+async def test_cancelled_waiters_leave_no_drift(
+    probe: PoolProbe, writer: Writer, engine: AsyncEngine, postgres: Postgres
+) -> None:
+    """After 500 random cancellations nobody is pending, and used and idle equal what the pool and the server say."""
+    chance = random.Random(7)
+
+    async def use() -> None:
+        async with engine.connect():
+            await asyncio.sleep(chance.random() * 0.003)
+
+    cancelled = 0
+    for _ in range(50):
+        tasks = [asyncio.create_task(use()) for _ in range(14)]
+        await asyncio.sleep(chance.random() * 0.004)
+        for task in chance.sample(tasks, 10):
+            cancelled += task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert cancelled > 300
+    pool: Any = engine.pool
+    async with engine.connect() as connection:
+        probe.sample()
+        assert value(writer, "db_client_connection_pending_requests") == 0
+        assert count(writer, "used") == pool.checkedout() == 1
+        assert count(writer, "idle") == pool.checkedin()
+        mine = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
+        assert (await connection.execute(text(mine))).scalar_one() == count(writer, "used") + count(writer, "idle")
+    probe.sample()
+    assert count(writer, "used") == 0
+
+
+async def test_routes_that_wait_and_hold_are_named(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """Wait is charged to the victim's route, hold and held-but-idle to the culprit's, and the ledger gets the wait."""
+    await warm(engine)
+
+    async def request(route: str, seconds: float, sql: str = "select 1") -> Ledger:
+        books = Ledger("GET")
+        ledger.current.set(books)
+        async with engine.connect() as connection:
+            books.route = route  # the router may match after a middleware has checked out
+            await connection.execute(text(sql))
+            await asyncio.sleep(seconds)
+        books.finish(time.perf_counter())
+        return books
+
+    culprits = [asyncio.create_task(request("/slow", 0.1, "select pg_sleep(0.1)")) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    books = await asyncio.create_task(request("/victim", 0.0))
+    await asyncio.gather(*culprits)
+    held = value(writer, "headroom_pool_hold_seconds_total", http_route="/slow")
+    idle = value(writer, "headroom_pool_idle_hold_seconds_total", http_route="/slow")
+    assert held == pytest.approx(0.4, abs=0.05)
+    assert idle == pytest.approx(0.2, abs=0.05)
+    assert value(writer, "headroom_pool_wait_seconds_total", http_route="_unmatched") == pytest.approx(0.18, abs=0.04)
+    assert books.seconds[POOL_WAIT] == pytest.approx(0.18, abs=0.04)
+    assert books.waits == []
+    assert books.queries == 1
+
+
+async def test_engines_made_before_and_after_are_found(writer: Writer, postgres: Postgres) -> None:
+    """Sync and async engines made before or after bind are measured, named by their URL without credentials."""
+    before = create_async_engine(postgres.url(driver="asyncpg"))
+    async with before.connect():
+        pass
+    probe = PoolProbe(load({}))
+    probe.bind(writer)
+    after = create_engine(postgres.url(driver="psycopg", database="template1"))
+    async with before.connect():
+        probe.sample()
+        assert count(writer, "used", f"postgres@127.0.0.1:{postgres.port}") == 1
+    with after.connect():
+        probe.sample()
+        assert count(writer, "used", f"template1@127.0.0.1:{postgres.port}") == 1
+    assert names(writer, "db_client_connection_max") == {
+        f"postgres@127.0.0.1:{postgres.port}",
+        f"template1@127.0.0.1:{postgres.port}",
+    }
+    await before.dispose()
+    after.dispose()
+    probe.close()
+
+
+async def test_named_pools_have_series_from_the_start(writer: Writer, engine: AsyncEngine) -> None:
+    """A pool that the user named shows its limit before its first checkout."""
+    probe = PoolProbe(load({}), names={"primary": engine})
+    probe.bind(writer)
+    probe.sample()
+    assert value(writer, "db_client_connection_max", "primary") == 2
+    assert count(writer, "idle", "primary") == 0
+    probe.close()
+
+
+async def test_names_given_later_and_to_the_wrong_thing(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """A name given after the first checkouts counts from then on; what is no engine is refused with the remedy."""
+    await warm(engine)
+    probe.name_engines({"primary": engine})
+    async with engine.connect():
+        probe.sample()
+        assert (count(writer, "used", "primary"), count(writer, "used")) == (1, 0)
+    assert value(writer, "db_client_connection_wait_time_seconds_count", "primary") == 1
+    with pytest.raises(SettingsError, match="create_engine"):
+        probe.name_engines({"primary": "postgresql://localhost"})
+
+
+async def test_dispose_and_recreation(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """The pool that dispose() makes is measured at once, and what is still out of the old one stays counted."""
+    await warm(engine)
+    survivor = await engine.connect()
+    await engine.dispose(close=False)
+    probe.sample()
+    assert (count(writer, "used"), count(writer, "idle")) == (1, 0)
+    assert value(writer, "db_client_connection_max") == 2
+    async with engine.connect():
+        probe.sample()
+        assert count(writer, "used") == 2
+    await survivor.close()
+    probe.sample()
+    assert count(writer, "used") == 0
+
+
+async def test_overflow_and_detached_connections(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+    """Overflow counts beyond the size, and a detached connection is no longer held though it fires no checkin."""
+    url = postgres.url(driver="asyncpg")
+    engine = create_async_engine(url, pool_size=1, max_overflow=2, pool_logging_name="shop")
+    first, second = await engine.connect(), await engine.connect()
+    probe.sample()
+    assert value(writer, "headroom_pool_overflow") == 1
+    assert value(writer, "db_client_connection_max") == 3
+    raw = await second.get_raw_connection()
+    raw.detach()
+    probe.sample()
+    assert count(writer, "used") == 1
+    assert value(writer, "db_client_connection_use_time_seconds_count") == 1
+    await second.close()
+    await first.close()
+    probe.sample()
+    assert count(writer, "used") == 0
+    assert value(writer, "db_client_connection_use_time_seconds_count") == 2
+    await engine.dispose()
+
+
+async def test_broken_connections_are_counted(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+    """A connection that the server closed is an invalidation, and its replacement is a creation."""
+    url = postgres.url(driver="asyncpg")
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, pool_logging_name="shop")
+    async with engine.connect() as connection:
+        pid = (await connection.execute(text("select pg_backend_pid()"))).scalar_one()
+    other = create_async_engine(url, poolclass=NullPool)
+    async with other.connect() as connection:
+        await connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": pid})
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("select 1"))).scalar_one() == 1
+    assert value(writer, "headroom_pool_invalidations_total") == 1
+    assert value(writer, "db_client_connection_create_time_seconds_count") == 2
+    await engine.dispose()
+
+
+async def test_pools_without_a_limit_claim_none(probe: PoolProbe, writer: Writer) -> None:
+    """NullPool, StaticPool and SingletonThreadPool report use but neither limit nor wait nor idle."""
+    null = create_async_engine("sqlite+aiosqlite://", poolclass=NullPool, pool_logging_name="null")
+    async with null.connect() as connection:
+        await connection.execute(text("select 1"))
+        probe.sample()
+        assert count(writer, "used", "null") == 1
+    static = create_engine("sqlite://", poolclass=StaticPool, pool_logging_name="static")
+    with static.connect(), static.connect():
+        probe.sample()
+        assert count(writer, "used", "static") == 1
+    single = create_engine("sqlite://", poolclass=SingletonThreadPool, pool_logging_name="single")
+    with single.connect(), single.connect():
+        probe.sample()
+        assert count(writer, "used", "single") == 1
+    probe.sample()
+    for name in ("null", "static", "single"):
+        assert count(writer, "used", name) == 0
+        assert value(writer, "db_client_connection_use_time_seconds_count", name) >= 1
+    for sample in ("db_client_connection_max", "db_client_connection_idle_max", "headroom_pool_overflow"):
+        assert names(writer, sample) == set()
+    assert names(writer, "db_client_connection_wait_time_seconds_count") == set()
+
+
+async def test_connections_that_are_never_closed_come_back(
+    probe: PoolProbe, writer: Writer, postgres: Postgres
+) -> None:
+    """A connection dropped without close() ends its hold when the garbage collector finds it."""
+    engine = create_engine(postgres.url(driver="psycopg"), pool_size=1, max_overflow=0, pool_logging_name="shop")
+    engine.raw_connection()
+    probe.sample()
+    assert (count(writer, "used"), count(writer, "idle")) == (0, 1)
+    engine.dispose()
+
+
+async def test_async_connections_that_are_never_closed_leave_no_drift(
+    probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
+    """An async connection that the garbage collector finds is no longer held, though it fires no checkin."""
+    await warm(engine)
+
+    async def leak() -> None:
+        await engine.connect()
+
+    with pytest.warns(exc.SAWarning, match="garbage collector"):
+        await leak()
+        gc.collect()
+    probe.sample()
+    pool: Any = engine.pool
+    assert count(writer, "used") == pool.checkedout() == 0
+    assert value(writer, "db_client_connection_use_time_seconds_count") == 3
+
+
+def test_a_lost_race_for_a_connection_counts_once(probe: PoolProbe, writer: Writer) -> None:
+    """When another thread takes the connection and the pool asks again, that is still one checkout and one wait."""
+
+    def checkout(engine: Engine, books: Ledger) -> None:
+        ledger.current.set(books)
+        engine.connect().close()
+
+    class Racing(QueuePool):
+        lost = False
+
+        def _inc_overflow(self) -> bool:
+            if not self.lost:
+                self.lost = True
+                return False
+            return super()._inc_overflow()
+
+    engine = create_engine("sqlite://", poolclass=Racing, pool_size=1, max_overflow=0, pool_logging_name="shop")
+    books = Ledger("GET")
+    contextvars.copy_context().run(checkout, engine, books)
+    pool: Any = engine.pool
+    assert pool.lost
+    assert books.waits == []
+    probe.sample()
+    assert value(writer, "db_client_connection_wait_time_seconds_count") == 1
+    assert value(writer, "db_client_connection_pending_requests") == 0
+
+
+async def test_a_wait_is_a_span(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """While traces are recorded, a real wait is a span with its times and the pool's name; no wait is none."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    spans.activate(provider)
+    try:
+        await warm(engine)
+        with provider.get_tracer("test").start_as_current_span("request"):
+            await asyncio.gather(*(hold(engine) for _ in range(3)))
+    finally:
+        spans.deactivate()
+    waits = [span for span in exporter.get_finished_spans() if span.name == "pool wait"]
+    assert len(waits) == 1
+    assert dict(waits[0].attributes or {}) == {"db.client.connection.pool.name": "shop"}
+    assert waits[0].start_time is not None and waits[0].end_time is not None
+    assert (waits[0].end_time - waits[0].start_time) / 1e9 == pytest.approx(HOLD, abs=0.03)
+    assert waits[0].end_time / 1e9 == pytest.approx(time.time(), abs=5)
+
+
+def test_close_puts_everything_back(writer: Writer, postgres: Postgres) -> None:
+    """After close() the classes, pools and connections are as they were, and nothing is counted any more."""
+    before = (Pool.connect, QueuePool._do_get)
+    probe = PoolProbe(load({}))
+    probe.bind(writer)
+    engine = create_engine(postgres.url(driver="psycopg"), pool_logging_name="shop")
+    connection: Any = engine.connect()
+    record: Any = connection.connection._connection_record
+    probe.close()
+    probe.close()
+    assert (Pool.connect, QueuePool._do_get) == before
+    assert record.record_info == {}
+    assert not [key for key in vars(engine.pool) if "headroom" in key]
+    checkouts = value(writer, "db_client_connection_wait_time_seconds_count")
+    connection.close()
+    engine.connect().close()
+    assert value(writer, "db_client_connection_wait_time_seconds_count") == checkouts
+    engine.dispose()
+
+
+async def test_a_failing_hook_does_not_reach_the_app(
+    writer: Writer, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the probe itself fails, checkouts go on and the failure is counted."""
+    probe = PoolProbe(load({}))
+    probe.bind(writer)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken probe")
+
+    await warm(engine)
+    monkeypatch.setattr("fastapi_headroom.probes.pool_series.PoolSeries.route", broken)
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("select 1"))).scalar_one() == 1
+    assert writer.value("headroom_probe_up", probe="pool") == 0
+    assert writer.value("headroom_probe_errors_total", probe="pool") >= 2
+    probe.close()
+
+
+async def test_rebinding_writes_to_the_new_writer_once(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+    """After a second bind, as a forked worker does it, every checkout counts once and in the new writer."""
+    await warm(engine)
+    fresh = Writer.in_memory()
+    probe.bind(fresh)
+    async with engine.connect() as connection:
+        await connection.execute(text("select 1"))
+    assert value(fresh, "db_client_connection_wait_time_seconds_count") == 1
+    assert value(writer, "db_client_connection_wait_time_seconds_count") == 2
