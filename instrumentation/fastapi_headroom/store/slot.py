@@ -33,6 +33,7 @@ _OFD_SETLK: int = getattr(fcntl, "F_OFD_SETLK", 37)
 _flock = struct.Struct("hhqqi4x")
 _RECORD_SIZE = 128
 _WHOLE_FILE_EXCLUSIVE = _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_WHOLE_FILE_SHARED = _flock.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
 
 
 def prepare_directory(directory: Path, *, group_readable: bool) -> None:
@@ -128,7 +129,7 @@ def _lock(path: Path, mode: int) -> int | None:
                 return None  # another user's slot
             raise
         try:
-            _take(fd)
+            take(fd)
             if os.fstat(fd).st_ino == path.stat().st_ino:
                 if os.fstat(fd).st_uid == os.geteuid():
                     os.fchmod(fd, mode)
@@ -143,11 +144,12 @@ def _lock(path: Path, mode: int) -> int | None:
         os.close(fd)
 
 
-def _take(fd: int) -> None:
+def take(fd: int, *, shared: bool = False) -> None:
+    """Lock an open file. Raises OSError, with EAGAIN or EACCES when somebody else has it."""
     if _HAS_OFD_LOCKS:
-        fcntl.fcntl(fd, _OFD_SETLK, _WHOLE_FILE_EXCLUSIVE)
+        fcntl.fcntl(fd, _OFD_SETLK, _WHOLE_FILE_SHARED if shared else _WHOLE_FILE_EXCLUSIVE)
     else:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _flock_is_held(fd: int) -> bool:

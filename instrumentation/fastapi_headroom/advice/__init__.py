@@ -1,0 +1,1 @@
+"""Pure arithmetic from numbers to advice: no I/O, no clock."""

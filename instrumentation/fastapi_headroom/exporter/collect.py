@@ -1,0 +1,85 @@
+"""Collect one scrape: the store's snapshot, and the rows that only the exporter can tell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from fastapi_headroom import catalog
+from fastapi_headroom.advice.remaining import READS, Labels, remaining
+from fastapi_headroom.catalog import Metric
+from fastapi_headroom.exporter import pollers
+from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.probes.queue_adapters import Sample
+from fastapi_headroom.store.reader import Family, Reader, Snapshot
+
+
+class Collector:
+    """Reads the store and adds the exporter's rows. Not for concurrent use."""
+
+    def __init__(
+        self, reader: Reader, *, expected_workers: int | None = None, queues: Sequence[PolledQueue] = ()
+    ) -> None:
+        self._reader, self._expected, self._queues = reader, expected_workers, queues
+        self.scrape_seconds: float | None = None
+        """How long the scrape before took, read and rendered; set by whoever renders."""
+
+    def collect(self) -> list[Family]:
+        """Return all families of one scrape, each once."""
+        snapshot = self._reader.read()
+        families = {family.name: family for family in snapshot.families}
+        for metric, samples in self._own(snapshot, families).items():
+            families[metric.family] = Family(
+                name=metric.family, kind=metric.kind, help=metric.help, samples=[(metric.name, *row) for row in samples]
+            )
+        # its own sample counts too
+        series = 1.0 + sum(len(family) for name, family in families.items() if name != catalog.SERIES.family)
+        families[catalog.SERIES.family] = Family(
+            name=catalog.SERIES.family,
+            kind="gauge",
+            help=catalog.SERIES.help,
+            samples=[(catalog.SERIES.name, (), series)],
+        )
+        return list(families.values())
+
+    def _own(self, snapshot: Snapshot, families: dict[str, Family]) -> dict[Metric, list[tuple[Labels, float]]]:
+        rows: list[Sample] = [
+            (catalog.WORKERS, ("alive",), float(len(snapshot.alive))),
+            (catalog.SLOTS_UNREADABLE, (), float(len(snapshot.unreadable))),
+        ]
+        if self._expected is not None:
+            rows.append((catalog.WORKERS, ("expected",), float(self._expected)))
+        if self.scrape_seconds is not None:
+            rows.append((catalog.SCRAPE_DURATION, (), self.scrape_seconds))
+        for queue in self._queues:
+            rows += queue.rows()
+        own = _by_metric(rows)
+        merged = {
+            metric.name: [(labels, value) for (_, labels), value in zip(family.rows.series, family.values, strict=True)]
+            for metric in READS
+            if (family := families.get(metric.family)) is not None
+        }
+        merged |= {metric.name: samples for metric, samples in own.items()}
+        left: list[Sample] = [(catalog.REMAINING, (row.resource, row.name), row.ratio) for row in remaining(merged)]
+        own |= _by_metric(left)
+        if (queues_up := pollers.up(self._queues)) is not None:
+            own[catalog.PROBE_UP] = _queue_probe_up(families, queues_up)
+        return own
+
+
+def _by_metric(rows: Sequence[Sample]) -> dict[Metric, list[tuple[Labels, float]]]:
+    """Group rows by metric; a label set that two pollers report counts once, with its larger value."""
+    grouped: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)
+    for metric, values, value in rows:
+        labels = tuple(sorted(zip(metric.labels, values, strict=True)))
+        grouped[metric][labels] = max(value, grouped[metric].get(labels, value))
+    return {metric: list(samples.items()) for metric, samples in grouped.items()}
+
+
+def _queue_probe_up(families: dict[str, Family], queues_up: bool) -> list[tuple[Labels, float]]:
+    """Return the probes' states with the pollers' word on the queue: up is who is up everywhere."""
+    family = families.get(catalog.PROBE_UP.family)
+    states = {labels: value for _, labels, value in family.samples} if family else {}
+    queue = (("probe", "queue"),)
+    states[queue] = min(float(queues_up), states.get(queue, 1.0))
+    return list(states.items())

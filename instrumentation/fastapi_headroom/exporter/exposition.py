@@ -1,0 +1,111 @@
+"""Render families of samples as Prometheus text 0.0.4 or OpenMetrics 1.0.
+
+The two forms share their sample lines; they differ in headers and in the end marker. What a line starts with
+(name and escaped labels) is rendered once and kept with the rows of its family, and the lines of a family whose values
+are those of the scrape before are used again: a warm scrape formats the numbers that changed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from math import isfinite
+from operator import add
+
+from fastapi_headroom import catalog
+from fastapi_headroom.store.reader import Family, Rows
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_NOT_IN_NAMES = re.compile(r"^[0-9]|[^a-zA-Z0-9_:]")
+_NOT_IN_LABELS = re.compile(r"^[0-9]|[^a-zA-Z0-9_]")
+_UNITS = {metric.family: metric.unit for metric in catalog.ALL if metric.unit}
+_SPELLED = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+
+
+class Renderer:
+    """Renders scrape after scrape. Not for concurrent use."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
+
+    def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
+        """Return the exposition of the families, UTF-8 encoded, in their order; empty ones are left out."""
+        parts: list[str] = []
+        lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
+        for family in families:
+            rows, values = family.rows, family.values
+            if not values:
+                continue
+            before = self._lines.get(family.name)
+            if before is None or before[0] is not rows or before[1] != values:
+                before = (rows, values, _render_lines(rows, values))
+            lines[family.name] = before
+            parts.append(_header(family, openmetrics=openmetrics))
+            parts.append(before[2])
+        self._lines = lines  # families that are gone are forgotten
+        if openmetrics:
+            parts.append("# EOF\n")
+        return "".join(parts).encode("utf-8", errors="replace")
+
+
+def _render_lines(rows: Rows, values: Sequence[float]) -> str:
+    if not rows.prefixes:
+        rows.prefixes = tuple(_prefix(name, labels) for name, labels in rows.series)
+    numbers: Iterable[str] = map(repr, values)
+    if not isfinite(sum(values)):
+        numbers = (_SPELLED.get(number, number) for number in numbers)
+    return "\n".join(map(add, rows.prefixes, numbers)) + "\n"
+
+
+def _header(family: Family, *, openmetrics: bool) -> str:
+    name, kind, text = _name(family.name), family.kind, family.help.replace("\\", r"\\").replace("\n", r"\n")
+    if openmetrics:
+        text = text.replace('"', r"\"")
+        unit = _UNITS.get(name, "")
+        unit_line = f"# UNIT {name} {unit}\n" if unit and name.endswith(f"_{unit}") else ""
+        return f"# HELP {name} {text}\n# TYPE {name} {kind}\n{unit_line}"
+    if kind == "counter":
+        name += "_total"
+    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+
+
+def _prefix(name: str, labels: tuple[tuple[str, str], ...]) -> str:
+    if not labels:
+        return f"{_name(name)} "
+    pairs = ",".join(f'{_NOT_IN_LABELS.sub("_", label)}="{_escape(value)}"' for label, value in labels)
+    return f"{_name(name)}{{{pairs}}} "
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def _name(name: str) -> str:
+    """Return a name of the legacy character set: a user's own metric may have any UTF-8 name."""
+    return _NOT_IN_NAMES.sub("_", name)
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Return whether an ``Accept`` header names OpenMetrics, of version 1 or none. Nothing is weighed."""
+    return any(
+        media == "application/openmetrics-text" and not parameters.get("version", "1").startswith("0")
+        for media, parameters in _accepted(accept)
+    )
+
+
+def wants_gzip(accept_encoding: str) -> bool:
+    """Return whether an ``Accept-Encoding`` header allows gzip."""
+    return any(coding == "gzip" for coding, _ in _accepted(accept_encoding))
+
+
+def _accepted(header: str) -> list[tuple[str, dict[str, str]]]:
+    """Return the items of an Accept header, lower-cased, with their parameters; without those of weight 0."""
+    accepted = []
+    for item in header.lower().split(","):
+        media, *rest = (part.strip() for part in item.split(";"))
+        parameters = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in rest)}
+        if parameters.get("q", "1").strip("0."):
+            accepted.append((media, parameters))
+    return accepted

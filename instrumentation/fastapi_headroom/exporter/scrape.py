@@ -1,0 +1,57 @@
+"""One scrape at a time: collect, render and compress, shared by everyone who waited for it."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+
+from fastapi_headroom.exporter.collect import Collector
+from fastapi_headroom.exporter.exposition import Renderer
+from fastapi_headroom.store.reader import Family
+
+_GZIP_LEVEL = 1  # exposition text shrinks tenfold at the cheapest level already
+
+
+class Scraper:
+    """Serialises scrapes around the reader. A scrape that began while others waited serves them all, so a
+    crowd of scrapers costs about as much as two."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+        self.last: float | None = None
+        """When the last scrape ended, in seconds since 1970."""
+        self._renderer = Renderer()
+        self.quiet = threading.Lock()
+        """Held while a scrape reads the store."""
+        self._families: list[Family] = []
+        self._bodies: dict[tuple[bool, bool], bytes] = {}
+        self._began = -1.0
+
+    def scrape(self, *, openmetrics: bool = False, compressed: bool = False) -> bytes:
+        """Return a body that is no older than this call."""
+        called = time.monotonic()
+        with self.quiet:
+            if self._began < called:
+                self._collect(openmetrics)
+            return self._body(openmetrics, compressed)
+
+    def _collect(self, openmetrics: bool) -> None:
+        began = time.monotonic()
+        self._families = self.collector.collect()
+        self._bodies.clear()
+        self._body(openmetrics, False)
+        self._began = began
+        self.collector.scrape_seconds = time.monotonic() - began
+        self.last = time.time()
+
+    def _body(self, openmetrics: bool, compressed: bool) -> bytes:
+        key = (openmetrics, compressed)
+        body = self._bodies.get(key)
+        if body is None:
+            if compressed:
+                body = gzip.compress(self._body(openmetrics, False), _GZIP_LEVEL, mtime=0)
+            else:
+                body = self._renderer.render(self._families, openmetrics=openmetrics)
+            self._bodies[key] = body
+        return body

@@ -1,0 +1,57 @@
+"""Put the exporter together from settings: reader, pollers, collector and server."""
+
+from __future__ import annotations
+
+import contextlib
+
+from fastapi_headroom.exporter.collect import Collector
+from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.exporter.scrape import Scraper
+from fastapi_headroom.exporter.server import MetricsServer
+from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.reader import Reader
+
+
+class Exporter:
+    """Serves the store that the settings name. Listens when constructed, answers after :meth:`start`.
+
+    Raises PortInUseError when the port is taken, HeadroomError when the address cannot be listened on.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        directory = settings.store_directory
+        self._queues = [PolledQueue(url) for url in settings.queues]
+        self._reader = Reader(directory)
+        collector = Collector(self._reader, expected_workers=settings.expected_workers, queues=self._queues)
+        self._scraper = Scraper(collector)
+        self._server = MetricsServer(settings.host, settings.port, self._scraper, directory)
+
+    @property
+    def url(self) -> str:
+        """The address of the metrics."""
+        return self._server.url
+
+    @property
+    def alive(self) -> bool:
+        """Whether connections are accepted; False before the start, after the stop and after an accident."""
+        return self._server.alive
+
+    def start(self) -> None:
+        """Answer requests and poll queues, on daemon threads."""
+        for queue in self._queues:
+            queue.start()
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop both, free the port and let go of the store's files. Idempotent."""
+        for queue in self._queues:
+            queue.stop()
+        self._server.stop()
+        with self._scraper.quiet:
+            self._reader.close()
+
+    def abandon(self) -> None:
+        """Close what a forked child inherited; the parent goes on serving."""
+        self._server.abandon()
+        with contextlib.suppress(OSError, RuntimeError):  # the fork may have caught the reader at work
+            self._reader.close()
