@@ -64,9 +64,7 @@ def _counter(name: str, stem: Stem, labels: tuple[str, ...], text: str, unit: st
     return _add(Metric(name, "counter", stem, labels, text, unit))
 
 
-def _gauge(
-    name: str, stem: Stem, labels: tuple[str, ...], text: str, unit: str = "", mode: Mode = "livesum"
-) -> Metric:
+def _gauge(name: str, stem: Stem, labels: tuple[str, ...], text: str, unit: str = "", mode: Mode = "livesum") -> Metric:
     return _add(Metric(name, "gauge", stem, labels, text, unit, mode=mode))
 
 
@@ -92,9 +90,7 @@ REQUEST_LATENCY = _histogram(
     "Latency as the client felt it: the wait in the accept queue and the duration.",
     H14,
 )
-REQUESTS_ACTIVE = _gauge(
-    "http_server_active_requests", "request", (_METHOD,), "Requests in flight.", "requests"
-)
+REQUESTS_ACTIVE = _gauge("http_server_active_requests", "request", (_METHOD,), "Requests in flight.", "requests")
 REQUEST_BODY_SIZE = _histogram(
     "http_server_request_body_size_bytes", "request", (_METHOD, _ROUTE), "Size of request bodies.", SIZES, "bytes"
 )
@@ -236,7 +232,12 @@ CACHE_MEMORY = _gauge(
     "headroom_cache_memory_bytes", "cache", ("cache",), "Memory that the cache server uses.", "bytes", "livemax"
 )
 CACHE_MEMORY_LIMIT = _gauge(
-    "headroom_cache_memory_limit_bytes", "cache", ("cache",), "Memory that the cache server may use.", "bytes", "livemax"
+    "headroom_cache_memory_limit_bytes",
+    "cache",
+    ("cache",),
+    "Memory that the cache server may use.",
+    "bytes",
+    "livemax",
 )
 CACHE_EVICTIONS = _counter(
     "headroom_cache_evictions_total", "cache", ("cache",), "Keys that the cache server evicted for memory.", "keys"
@@ -403,9 +404,7 @@ APP_INFO = _gauge(
 )
 
 # --------------------------------------------------------------------- self
-PROBE_UP = _gauge(
-    "headroom_probe_up", "self", ("probe",), "1 while a probe works, 0 after it failed.", "", "livemin"
-)
+PROBE_UP = _gauge("headroom_probe_up", "self", ("probe",), "1 while a probe works, 0 after it failed.", "", "livemin")
 PROBE_ERRORS = _counter(
     "headroom_probe_errors_total", "self", ("probe",), "Errors that a probe swallowed to spare the app.", "errors"
 )

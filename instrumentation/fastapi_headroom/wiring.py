@@ -17,7 +17,7 @@ from typing import Any
 from fastapi_headroom import settings as settings_module
 from fastapi_headroom.errors import MissingExtraError, NotASGIError
 from fastapi_headroom.exporter.election import Election
-from fastapi_headroom.probes.base import Guard, Probe
+from fastapi_headroom.probes.base import Probe
 from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
@@ -25,7 +25,7 @@ from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.request import RequestProbe
 from fastapi_headroom.probes.runtime import RuntimeProbe
 from fastapi_headroom.settings import Settings
-from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.store.writer import Writer, redirected, watch_redirect
 from fastapi_headroom.tracing.setup import Tracing
 
 log = logging.getLogger("fastapi_headroom")
@@ -103,6 +103,11 @@ class Handle:
         """The settings in force."""
         return self._runtime.settings
 
+    @property
+    def writer(self) -> Writer | None:
+        """What this process writes through; None until it serves."""
+        return self._runtime.writer
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve as the measured app."""
         if self._measured is None:
@@ -119,6 +124,7 @@ class Handle:
                 self._runtime.request.uninstrument(self.app)
             if not self._runtime.handles:
                 self._runtime.stop()
+                self._runtime.unwatch()
                 if _runtime is self._runtime:
                     _runtime = None
 
@@ -130,11 +136,11 @@ class Runtime:
         self.settings = settings
         self.handles: dict[int, Handle] = {}
         self.writer: Writer | None = None
-        self.request = RequestProbe(settings, on_first_serve=self.first_serve)
+        self.tracing = Tracing(settings)
+        self.request = RequestProbe(settings, on_first_serve=self.first_serve, on_lifespan_end=self.tracing.flush)
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
         self.cache = CacheProbe(settings)
-        self.tracing = Tracing(settings)
         others: tuple[Probe, ...] = (
             self.pool,
             self.cache,
@@ -146,44 +152,68 @@ class Runtime:
         self._election: Election | None = None
         self._stopping = threading.Event()
         self._started = False
-        self.open_writer: Callable[[], Writer] = self._open_store
+        self._may_trace = False
+        self._own_writer: Writer | None = None
+        self.unwatch = watch_redirect(self._redirected)
 
     def name(self, pools: Mapping[str, Any], caches: Mapping[str, Any]) -> None:
         """Give engines and cache clients the names that the user chose."""
         self.pool.name_engines(pools)
         self.cache.name_clients(caches)
 
-    def first_serve(self) -> None:
-        """Claim a slot, bind the probes and start the threads; once per process. Never raises."""
+    def first_serve(self, kind: str = "worker") -> None:
+        """Claim a slot, bind the probes and start the threads; once per process. Never raises.
+
+        Traces start with the first request, not with the lifespan: many apps configure their provider there.
+        """
         with _lock:
-            if self._started:
-                return
-            self._started = True
             try:
-                self._start()
+                if not self._started:
+                    self._started = True
+                    self._start()
+                if kind != "lifespan":
+                    self._trace()
             except Exception:
                 log.exception(
                     "fastapi-headroom: could not start, this process is not measured; the app is not affected"
                 )
 
     def _start(self) -> None:
-        writer = self.writer = self.open_writer()
-        for probe in self.probes:
-            guard: Guard = probe.guard
-            try:
-                guard.bind(writer)
-                probe.bind(writer)
-            except MissingExtraError as error:
-                log.warning("fastapi-headroom: the %s probe is off: %s", probe.name, error)
-            except Exception as error:
-                guard.failed(error)
-        self._trace()
+        writer = self.writer = self._open_store()
+        captured = redirected() is not None
+        self._bind(writer)
         self._stopping = threading.Event()
         threading.Thread(target=self._sample, args=(self._stopping,), name="headroom-sampler", daemon=True).start()
+        if captured:
+            return
+        self._own_writer = writer
         if self.settings.exporter:
             self._election = Election(self.settings)
             self._election.start()
         log.info("fastapi-headroom: %s", self._where(writer))
+
+    def _bind(self, writer: Writer) -> None:
+        for probe in self.probes:
+            try:
+                probe.guard.bind(writer)
+                probe.bind(writer)
+            except MissingExtraError as error:
+                log.warning("fastapi-headroom: the %s probe is off: %s", probe.name, error)
+            except Exception as error:
+                probe.guard.failed(error)
+
+    def _redirected(self) -> None:
+        """Write to where ``testing.capture_metrics`` says, and back to the store at its end."""
+        with _lock:
+            if not self._started:
+                return
+            writer = redirected() or self._own_writer
+            if writer is not None:
+                self.writer = writer
+                self._bind(writer)
+            else:  # first served inside the block: start anew, with a store, when it serves again
+                self._stopping.set()
+                self.forked()
 
     def _open_store(self) -> Writer:
         return Writer.open(
@@ -200,15 +230,16 @@ class Runtime:
                 text += " (inside this container only: set HEADROOM_HOST=0.0.0.0 to be scraped from outside)"
         return text
 
-    def _trace(self) -> bool:
-        """Trace the apps if traces are asked for by now: many configure their provider in the lifespan."""
-        traced = self.tracing.start(*(handle.app for handle in self.handles.values() if handle.app is not None))
-        self.request.owns_tracing = traced
-        return traced
+    def _trace(self) -> None:
+        self._may_trace = True
+        apps = [handle.app for handle in self.handles.values() if handle.app is not None]
+        self.request.owns_tracing = self.tracing.start(*apps)
+        self.request.sample()
 
     def _sample(self, stopping: threading.Event) -> None:
         while not stopping.wait(self.settings.sample_interval):
-            self._trace()
+            if self._may_trace:
+                self._trace()  # an app or SQLAlchemy may have come since
             for probe in self.probes:
                 try:
                     probe.sample()
@@ -222,22 +253,22 @@ class Runtime:
             if self._election is not None:
                 self._election.stop()
                 self._election = None
+            self.tracing.stop()  # first: its wraps lie on top of the probes'
             for probe in self.probes:
                 try:
                     probe.close()
                 except Exception as error:
                     probe.guard.failed(error)
-            self.tracing.stop()
-            if self.writer is not None:
-                self.writer.close()
-                self.writer = None
-            self._started = False
+            if self._own_writer is not None:
+                self._own_writer.close()
+            self.writer = self._own_writer = None
+            self._started = self._may_trace = False
 
     def forked(self) -> None:
         """Forget the parent's threads and slot: they are not in this child. It starts when it serves."""
-        self._started = False
+        self._started = self._may_trace = False
         self._election = None
-        self.writer = None
+        self.writer = self._own_writer = None
         self.request.rearm()
 
 

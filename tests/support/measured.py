@@ -24,12 +24,12 @@ class Measured:
 
     def __init__(self, app: Any, **arguments: Any) -> None:
         self.writer = Writer.in_memory()
-        self.served = 0
+        self.served: list[str] = []
         self.probe = RequestProbe(settings.load({}, **arguments), on_first_serve=self._serve)
         self.app = self.probe.instrument(app)
 
-    def _serve(self) -> None:
-        self.served += 1
+    def _serve(self, kind: str) -> None:
+        self.served.append(kind)
         self.probe.bind(self.writer)
 
     def value(self, name: str, **labels: str) -> float:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from fastapi_headroom.probes.pool import PoolProbe
-from fastapi_headroom.probes.request import RequestProbe
-from fastapi_headroom.settings import load
-from fastapi_headroom.store.writer import Writer
+import fastapi_headroom as headroom
 from fastapi_headroom.tracing import spans
-from fastapi_headroom.tracing.setup import Tracing
 
-
-@contextlib.asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Send the last spans at the end."""
-    yield
-    tracing.flush()
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI()
 engine = create_async_engine(os.environ["TEST_DATABASE_URL"], pool_size=1, max_overflow=0)
 
 
@@ -60,19 +46,4 @@ async def imported() -> dict[str, bool]:
     }
 
 
-settings = load()
-tracing = Tracing(settings)
-pool = PoolProbe(settings)
-
-
-def first_serve() -> None:
-    """Start as an initialised app does when it first serves."""
-    writer = Writer.in_memory()
-    request.bind(writer)
-    pool.bind(writer)
-    request.owns_tracing = tracing.start(app)
-    request.sample()
-
-
-request = RequestProbe(settings, on_first_serve=first_serve)
-request.instrument(app)
+headroom.init(app)

@@ -23,7 +23,7 @@ from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, Re
 from fastapi_headroom.store.region import CAPACITY, FullError, Region
 from fastapi_headroom.store.slot import Slot, prepare_directory
 
-__all__ = ["OVERFLOW", "Counter", "Gauge", "Histogram", "Samples", "Writer", "redirect", "watch_redirect"]
+__all__ = ["OVERFLOW", "Counter", "Gauge", "Histogram", "Samples", "Writer", "redirect", "redirected", "watch_redirect"]
 
 log = logging.getLogger("fastapi_headroom")
 OVERFLOW = "_overflow"
@@ -288,6 +288,11 @@ def redirect(writer: Writer | None) -> None:
     _redirected = writer
     for watcher in tuple(_watchers):
         watcher()
+
+
+def redirected() -> Writer | None:
+    """Return the writer that ``Writer.open`` returns for now, if there is one."""
+    return _redirected
 
 
 def watch_redirect(watcher: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,251 @@
+"""One request and its response: what passes between the server and the app, seen from outside the app.
+
+Duration ends when the last body message has been sent. A response is a *stream* when it is
+``text/event-stream``, or has no Content-Length and came in several messages over more than STREAM_AFTER seconds;
+streams stay out of the duration and latency histograms and of the ledger's stages. A compressed or rendered
+response that merely comes in pieces is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from time import perf_counter
+from typing import Any, Final
+
+from starlette.requests import ClientDisconnect
+
+from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.request_series import WAIT_STAGES, Table
+
+STREAM_AFTER: Final = 1.0
+"""Seconds between the start of a response and its end from which on it is a stream, see above."""
+UNMATCHED: Final = "_unmatched"
+"""Route of requests that reached no route: unknown paths, and what a middleware answered."""
+REDIRECT: Final = "_redirect"
+PREFLIGHT: Final = "_preflight"
+CLIENT_CLOSED_REQUEST: Final = 499
+"""Status of a request whose client went away before there was a response (the convention of nginx)."""
+INCOMPLETE: Final = "IncompleteResponse"
+"""Error type of an app that returned in the middle of its response."""
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "QUERY"})
+
+Message = MutableMapping[str, Any]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def header(headers: Headers, name: bytes) -> bytes | None:
+    """Return the first value of a header; names in ASGI are lower case, but apps may send others."""
+    for key, value in headers:
+        if key == name or (len(key) == len(name) and key.lower() == name):
+            return value
+    return None
+
+
+class Exchange:
+    """Stands between the server and the app for one HTTP request."""
+
+    __slots__ = (
+        "_guard",
+        "_leave",
+        "_receive",
+        "_received",
+        "_scope",
+        "_send",
+        "_table",
+        "began",
+        "disconnected",
+        "duration",
+        "headers",
+        "ledger",
+        "recorded",
+        "sent",
+        "several",
+        "status",
+    )
+
+    def __init__(
+        self,
+        table: Table,
+        guard: Guard,
+        ledger: Ledger,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        self._table = table
+        self._guard = guard
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._received = 0
+        self.ledger = ledger
+        self.status = 0
+        self.headers: Headers = ()
+        self.began = 0.0
+        """When the response started; 0 before."""
+        self.sent = 0
+        self.several = False
+        self.disconnected = False
+        self.duration = 0.0
+        self.recorded = False
+        enter, self._leave = table.active.get(ledger.method) or table.make_active(ledger.method)
+        enter()
+
+    async def receive(self) -> Message:
+        """Hand a message to the app and count its bytes."""
+        message = await self._receive()
+        try:
+            if message["type"] == "http.request":
+                self._received += len(message.get("body", b""))
+            elif not self.ledger.finished:  # after the response everybody may go
+                self.disconnected = True
+        except Exception as error:
+            self._guard.failed(error)
+        return message
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Hand a message to the server. Returns its coroutine: only body messages need a frame of ours."""
+        kind = message.get("type")
+        if kind == "http.response.body":
+            return self._send_body(message)
+        if kind == "http.response.start":
+            self.began = perf_counter()
+            self.status = message.get("status", 0)
+            headers = message.get("headers")
+            if type(headers) is list:  # any other iterable could be read once only, and that is for the server
+                self.headers = headers
+        elif kind == "http.response.pathsend":
+            return self._send_file(message)
+        return self._send(message)
+
+    async def _send_body(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # how servers tell, since version 2.4 of the ASGI specification, that the client has gone
+            self.disconnected = True
+            raise
+        try:
+            self.sent += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.complete()
+            elif not self.several:
+                self.several = True
+                self._stream_begins()
+        except Exception as error:
+            self._guard.failed(error)
+
+    async def _send_file(self, message: Message) -> None:
+        await self._send(message)
+        try:
+            self.sent = int(header(self.headers, b"content-length") or 0)
+            self.complete()
+        except Exception as error:
+            self._guard.failed(error)
+
+    def _stream_begins(self) -> None:
+        # An event stream may stay open for hours: its first byte is reported now.
+        if self._is_event_stream():
+            self._table.add_route(self.route()).first_byte(self.began - self.ledger.started)
+
+    def complete(self) -> None:
+        """Close the books: the last byte is out. A response of 5xx waits for its exception, which comes next."""
+        if self.ledger.finished:
+            return
+        self.duration = self.ledger.finish(perf_counter())
+        self._leave()
+        if self.status < 500:
+            self.recorded = True
+            self.record("")
+
+    def exit(self, error: BaseException | None) -> None:
+        """Record a request that failed or was left unanswered; ``error`` is what the app raised. Never raises."""
+        try:
+            if self.recorded:
+                return  # what comes after a good response, such as a failed background task, is not the request's
+            whole = self.ledger.finished
+            if not whole:
+                self.duration = self.ledger.finish(perf_counter())
+                self._leave()
+            self.recorded = True
+            self.record(self._error_type(error, whole))
+        except Exception as failure:
+            self._guard.failed(failure)
+
+    def _error_type(self, error: BaseException | None, whole: bool) -> str:
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if isinstance(error, ClientDisconnect):
+            self.disconnected = True
+        if self.disconnected and not whole and (error is None or not isinstance(error, Exception | SystemExit)):
+            return self._gone()
+        if isinstance(error, ClientDisconnect | OSError) and self.disconnected:
+            return self._gone()
+        if not self.status:
+            self.status = 500  # what servers answer in the app's place
+        if error is not None:
+            return type(error).__name__
+        return str(self.status) if whole or not self.began else INCOMPLETE
+
+    def _gone(self) -> str:
+        self.status = self.status or CLIENT_CLOSED_REQUEST
+        return ""
+
+    def route(self) -> str:
+        """Return the template, or the value that requests without a route share."""
+        route = self.ledger.route
+        if route:
+            return route
+        if 300 < self.status < 400:
+            return REDIRECT
+        if self.ledger.method == "OPTIONS" and header(self._scope["headers"], b"access-control-request-method"):
+            return PREFLIGHT
+        return UNMATCHED
+
+    def record(self, error_type: str) -> None:
+        """Write the request to the store."""
+        ledger = self.ledger
+        table = self._table
+        route = ledger.route or self.route()
+        key = (ledger.method, route, self.status, error_type)
+        series = table.responses.get(key) or table.add_response(*key)
+        by_route = series.route
+        kind = self._stream_kind() if self.several else ""
+        if kind:
+            by_route.lifetime(kind)(ledger.started + self.duration - self.began)
+        else:
+            seconds = ledger.seconds
+            (series.duration or series.make_duration())(self.duration)
+            by_route.latency(seconds[ACCEPT_QUEUE] + self.duration)
+            by_route.on_loop(seconds[ON_LOOP])
+            by_route.other(seconds[OTHER])
+            if ledger.waited:
+                for stage in WAIT_STAGES:
+                    if amount := seconds[stage]:
+                        by_route.stage(stage)(amount)
+        if self.began and kind != "sse":
+            by_route.first_byte(self.began - ledger.started)
+        by_route.loop_hold(ledger.longest_step)
+        by_route.queries(ledger.queries)
+        series.response_size(self.sent)
+        received = self._received or (self._announced() if ledger.method in _WITH_BODY else 0)
+        if received:
+            (series.request_size or series.make_request_size())(received)
+        series.outcome(1.0)
+        table.count()
+        if self.disconnected:
+            by_route.disconnect(1.0)
+
+    def _announced(self) -> int:
+        # A body that nobody read.
+        value = header(self._scope["headers"], b"content-length")
+        return int(value) if value and value.isdigit() else 0
+
+    def _stream_kind(self) -> str:
+        if self._is_event_stream():
+            return "sse"
+        lifetime = self.ledger.started + self.duration - self.began
+        return "stream" if lifetime > STREAM_AFTER and header(self.headers, b"content-length") is None else ""
+
+    def _is_event_stream(self) -> bool:
+        return (header(self.headers, b"content-type") or b"").lower().startswith(b"text/event-stream")

@@ -1,0 +1,284 @@
+"""Requests: duration, latency, traffic, errors, sizes, and where the time went.
+
+Measures from outside an app's whole stack by a class-level wrap of ``__call__`` that acts for initialised apps
+only: a middleware that wrapped the app would lie inside those that are added later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, ClassVar
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+
+from fastapi_headroom import catalog
+from fastapi_headroom.catalog import Metric
+from fastapi_headroom.driver import Driven
+from fastapi_headroom.ledger import Ledger, current
+from fastapi_headroom.probes import routes
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.conversation import Conversation
+from fastapi_headroom.probes.exchange import UNMATCHED, Exchange
+from fastapi_headroom.probes.request_series import METHODS, OTHER_VALUE, Table
+from fastapi_headroom.probes.request_tasks import TaskHook
+from fastapi_headroom.probes.routes import SCOPE_KEY
+from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.writer import Writer
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+Call = Callable[..., Any]
+_CLASSES: tuple[type[Any], ...] = (FastAPI, Starlette)
+_TELEMETRY_KEY = "fastapi.telemetry"
+_SWITCHES = frozenset({"tracing", "metrics", "logs", "operation_spans"})
+
+
+class RequestProbe:
+    """Measures the requests of the apps given to ``instrument``.
+
+    ``on_first_serve`` is called with the kind of scope before the first lifespan and before the first request of a
+    process: it binds the probes, and traces once the lifespan had its chance to configure that. ``on_lifespan_end``
+    is called when the app has stopped. ``owns_tracing`` says that server spans are made by us.
+    """
+
+    name: ClassVar[str] = "request"
+    metrics: ClassVar[tuple[Metric, ...]] = catalog.of_stem("request")
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_first_serve: Callable[[str], None] | None = None,
+        on_lifespan_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.guard = Guard(self.name)
+        self.enabled = True
+        self.owns_tracing = False
+        self._settings = settings
+        self._on_first_serve = on_first_serve
+        self._on_lifespan_end = on_lifespan_end
+        self._served = on_first_serve is None
+        self._lock = threading.Lock()
+        self._apps: dict[int, _Measured] = {}
+        self._put_on: dict[type[Any], tuple[Call, Call]] = {}
+        self._table: Table | None = None
+        self._tasks = TaskHook()
+        self._excludes = bool(settings.excluded_paths)
+        self._excluded = frozenset(path for path in settings.excluded_paths if not path.endswith("*"))
+        self._excluded_prefixes = tuple(path[:-1] for path in settings.excluded_paths if path.endswith("*"))
+
+    def instrument(self, app: Any) -> ASGIApp:
+        """Measure an app. Returns the app itself, or a wrapper when it is not of FastAPI's or Starlette's classes."""
+        for measured in self._apps.values():
+            if measured.app() is app:
+                return measured.served_by or app  # type: ignore[no-any-return]
+        cls = next((cls for cls in _CLASSES if isinstance(app, cls)), None)
+        if cls is None:
+            wrapper = Wrapper(app, self)
+            self._apps[id(wrapper)] = _Measured(lambda: app, wrapper)
+        else:
+            key, apps = id(app), self._apps
+            apps[key] = _Measured(weakref.ref(app, lambda _: apps.pop(key, None)), None)
+            self._wrap_class(cls)
+        if self._table is not None:
+            self._add_routes()
+            self.sample()
+        return app if cls is not None else wrapper
+
+    def uninstrument(self, app: Any) -> None:
+        """Stop measuring an app. Idempotent."""
+        for key, measured in tuple(self._apps.items()):
+            if measured.app() is app:
+                del self._apps[key]
+        if not self._apps:
+            self._unwrap_classes()
+
+    def bind(self, writer: Writer) -> None:
+        """Resolve the series of every route, and drive the tasks of the running loop."""
+        if not self.enabled:
+            return
+        self.guard.bind(writer)
+        self._table = Table(writer, self._add_routes)
+        self._add_routes()
+        self.sample()
+        routes.attach(self.guard)
+        try:
+            self._tasks.attach(asyncio.get_running_loop())
+        except RuntimeError:
+            pass  # not on an asyncio loop: tasks of requests are not driven
+
+    def sample(self) -> None:
+        """Find out whether FastAPI's own telemetry is wanted; see ``_Measured.telemetry_dormant``."""
+        for measured in tuple(self._apps.values()):
+            measured.stand_aside = measured.telemetry_dormant(self._settings.keep_fastapi_telemetry, self.owns_tracing)
+
+    def rearm(self) -> None:
+        """Forget a parent process: the first scope calls ``on_first_serve`` again."""
+        self._table = None
+        self._lock = threading.Lock()
+        self._served = self._on_first_serve is None
+
+    def close(self) -> None:
+        """Put everything back. The apps go on, unmeasured."""
+        self._table = None
+        self._apps.clear()
+        self._unwrap_classes()
+        routes.detach(self.guard)
+        self._tasks.detach()
+
+    def _add_routes(self) -> None:
+        table = self._table
+        if table is None:
+            return
+        table.announce(UNMATCHED)
+        for measured in tuple(self._apps.values()):
+            found: Iterable[Any] = getattr(measured.app(), "routes", ())
+            try:
+                for template in routes.templates(found):
+                    table.announce(template)
+                for template in routes.templates(found, websocket=True):
+                    table.websocket(template)
+            except Exception as error:  # an app with routes of another kind is measured all the same
+                self.guard.failed(error)
+
+    def measure(self, original: Call) -> Call:
+        """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
+        apps = self._apps
+
+        async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> None:  # noqa: N807
+            # A coroutine function, because servers ask whether it is one.
+            measured = apps.get(id(app))
+            if measured is None or SCOPE_KEY in scope:
+                await original(app, scope, receive, send)
+                return
+            if not self._served:
+                self._first_serve(scope["type"])
+            table = self._table
+            if table is None or scope["type"] != "http" or (self._excludes and self._is_excluded(scope)):
+                await self._serve_other(measured, original, app, scope, receive, send)
+                return
+            if measured.stand_aside:
+                scope[_TELEMETRY_KEY] = None
+            ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER_VALUE))
+            exchange = Exchange(table, self.guard, ledger, scope, receive, send)
+            outer = current.get()
+            current.set(ledger)
+            try:
+                await Driven(original(app, scope, exchange.receive, exchange.send), ledger)
+            except BaseException as error:
+                exchange.exit(error)
+                raise
+            finally:
+                current.set(outer)  # not reset(): a coroutine that is thrown away is closed in another context
+                if not exchange.recorded:
+                    exchange.exit(None)
+
+        __call__.__wrapped__ = original  # type: ignore[attr-defined]
+        return __call__
+
+    async def _serve_other(
+        self, measured: _Measured, original: Call, app: Any, scope: Any, receive: Any, send: Any
+    ) -> None:
+        """Serve a lifespan, a WebSocket, an excluded path, or anything while the probe is off."""
+        kind = scope["type"]
+        if kind != "lifespan" and self._table is not None:
+            scope[SCOPE_KEY] = None
+            if measured.stand_aside:
+                scope[_TELEMETRY_KEY] = None
+            if kind == "websocket" and not self._is_excluded(scope):
+                await self._converse(self._table, original, app, scope, receive, send)
+                return
+        try:
+            await original(app, scope, receive, send)
+        finally:
+            if kind == "lifespan" and self._on_lifespan_end is not None:
+                self._guarded(self._on_lifespan_end)
+
+    async def _converse(self, table: Table, original: Call, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        ledger = scope[SCOPE_KEY] = Ledger()
+        ledger.finished = True  # a WebSocket has no duration to split; hooks still learn the route
+        conversation = Conversation(table, self.guard, ledger, receive, send)
+        outer = current.get()
+        current.set(ledger)
+        try:
+            await original(app, scope, conversation.receive, conversation.send)
+        finally:
+            current.set(outer)
+            conversation.exit()
+
+    def _is_excluded(self, scope: Any) -> bool:
+        path = scope.get("path", "")
+        return path in self._excluded or (bool(self._excluded_prefixes) and path.startswith(self._excluded_prefixes))
+
+    def _first_serve(self, kind: str) -> None:
+        with self._lock:
+            if self._served:
+                return
+            self._served = kind != "lifespan"
+        if self._on_first_serve is not None:
+            self._guarded(self._on_first_serve, kind)
+
+    def _guarded(self, callback: Callable[..., None], *arguments: str) -> None:
+        try:
+            callback(*arguments)
+        except Exception as error:
+            self.guard.failed(error)
+
+    def _wrap_class(self, cls: type[Any]) -> None:
+        if cls not in self._put_on:
+            original: Call = cls.__call__
+            wrapper = self.measure(original)
+            cls.__call__ = wrapper
+            self._put_on[cls] = (original, wrapper)
+
+    def _unwrap_classes(self) -> None:
+        for cls, (original, wrapper) in self._put_on.items():
+            if cls.__call__ is wrapper:  # else somebody wrapped ours: it stays below, and does nothing
+                cls.__call__ = original
+        self._put_on.clear()
+
+
+class _Measured:
+    """What the probe knows of one app."""
+
+    __slots__ = ("app", "served_by", "stand_aside")
+
+    def __init__(self, app: Callable[[], Any], served_by: Any) -> None:
+        self.app = app
+        self.served_by = served_by
+        """What the server calls: None for the app itself."""
+        self.stand_aside = False
+
+    def telemetry_dormant(self, keep: bool, owns_tracing: bool) -> bool:
+        """Return whether FastAPI's own telemetry may be told to stand aside.
+
+        It costs CPU on every request even when it has nothing to report to. It stays when a setting says so, when
+        the user configured it for this app, or when there is a provider that it reports to and we do not.
+        """
+        app = self.app()
+        config = getattr(app, "_telemetry", None)
+        native = getattr(app, "_native_telemetry", None)
+        if keep or not isinstance(config, dict) or native is None:
+            return False
+        if any(bool(value) != (name in _SWITCHES) for name, value in config.items()):
+            return False
+        return owns_tracing or not native.enabled()
+
+
+class Wrapper:
+    """A measured ASGI callable that is no FastAPI or Starlette app."""
+
+    def __init__(self, app: ASGIApp, probe: RequestProbe) -> None:
+        self._app = app
+        self._call = probe.measure(lambda _, scope, receive, send: app(scope, receive, send))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one scope."""
+        await self._call(self, scope, receive, send)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_app":  # a copy that is being made has none yet
+            raise AttributeError(name)
+        return getattr(self._app, name)

@@ -1,0 +1,143 @@
+"""Route templates: which route serves a request, told by the routers themselves.
+
+Class-level wraps of ``handle`` note the template in the ledger that lies in the scope. ``scope["route"].path``
+would drop the prefixes of included routers and of mounts, and ``root_path`` holds raw path segments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Any
+
+import fastapi.routing
+from starlette import routing
+from starlette._utils import get_route_path
+
+from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.probes.base import Guard
+
+SCOPE_KEY = "headroom.ledger"
+"""Where the outermost measured app leaves the ledger (None: leave this request alone)."""
+REST = "/{path}"
+"""What stands in a template for the part of a path that is left to a mounted app without routes."""
+
+Note = Callable[[Any, Any, Ledger], None]
+Handle = Callable[[Any, Any, Any, Any], Awaitable[None]]
+
+
+def templates(routes: Iterable[Any], prefix: str = "", *, websocket: bool = False) -> Iterator[str]:
+    """Yield the templates of an app's HTTP (or WebSocket) routes: included routers, mounts and sub-apps too."""
+    for route in routes:
+        contexts = getattr(route, "effective_route_contexts", None)
+        if contexts is not None:
+            for context in contexts():
+                # `original_route` is a placeholder for everything but APIRoute, whose context has the whole template.
+                source = context.starlette_route
+                if source is None:
+                    if not websocket and context.path_format:
+                        yield prefix + context.path_format
+                else:
+                    yield from templates((source,), prefix, websocket=websocket)
+        elif isinstance(route, routing.Mount):
+            inner = prefix + route.path_format.removesuffix(REST)
+            if route.routes:
+                yield from templates(route.routes, inner, websocket=websocket)
+            elif not websocket:
+                yield inner + REST
+        elif isinstance(route, routing.Host):
+            yield from templates(route.routes, prefix, websocket=websocket)
+        elif isinstance(route, routing.WebSocketRoute if websocket else routing.Route):
+            yield prefix + route.path_format
+
+
+def _note_route(route: Any, scope: Any, ledger: Ledger) -> None:
+    if not ledger.route:
+        ledger.route = ledger.prefix + route.path_format
+
+
+def _note_api_route(route: Any, scope: Any, ledger: Ledger) -> None:
+    # One APIRoute may be included several times under different prefixes: the scope knows under which it matched.
+    context = _effective_context(scope)
+    source = context if context is not None and context.original_route is route else route
+    ledger.route = ledger.prefix + source.path_format
+
+
+def _note_mount(mount: Any, scope: Any, ledger: Ledger) -> None:
+    ledger.prefix += mount.path_format.removesuffix(REST)
+    if not mount.routes:
+        ledger.route = ledger.prefix + REST
+
+
+def _note_frontend(group: Any, scope: Any, ledger: Ledger) -> None:
+    # Static files served by router.frontend(): the path is a literal prefix, and then a file's name.
+    inner = scope["fastapi"]["frontend_path"]
+    ledger.route = ledger.prefix + get_route_path(scope).removesuffix(inner).rstrip("/") + REST
+
+
+def _effective_context(scope: Any) -> Any:
+    state = scope.get("fastapi")
+    return state.get("effective_route_context") if state else None
+
+
+_NOTES: tuple[tuple[type[Any] | None, Note], ...] = (
+    (routing.Route, _note_route),
+    (routing.WebSocketRoute, _note_route),
+    (routing.Mount, _note_mount),
+    (fastapi.routing.APIRoute, _note_api_route),
+    (getattr(fastapi.routing, "_FrontendRouteGroup", None), _note_frontend),
+)
+
+
+class _Hooks:
+    """The wraps, put on once however many probes ask for them, and off with the last one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._guards: list[Guard] = []
+        self._put_on: list[tuple[type[Any], Handle, Handle]] = []
+
+    def attach(self, guard: Guard) -> None:
+        with self._lock:
+            if guard in self._guards:
+                return
+            self._guards.append(guard)
+            if not self._put_on:
+                for cls, note in _NOTES:
+                    # FastAPI before include contexts inherits Route.handle, which is wrapped already
+                    if cls is not None and "handle" in vars(cls):
+                        original = cls.handle
+                        cls.handle = wrapper = self._wrap(original, note)
+                        self._put_on.append((cls, original, wrapper))
+
+    def detach(self, guard: Guard) -> None:
+        with self._lock:
+            if guard in self._guards:
+                self._guards.remove(guard)
+            if not self._guards:
+                for cls, original, wrapper in self._put_on:
+                    if cls.handle is wrapper:  # else somebody wrapped ours: it stays below, and does nothing
+                        cls.handle = original
+                self._put_on.clear()
+
+    def _wrap(self, original: Handle, note: Note) -> Handle:
+        guards = self._guards
+
+        # Not a coroutine function but one that returns the coroutine: no frame of ours stays on the stack.
+        def handle(route: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+            ledger = scope.get(SCOPE_KEY)
+            if ledger is not None:
+                try:
+                    note(route, scope, ledger)
+                except Exception as error:
+                    for guard in guards:
+                        guard.failed(error)
+            return original(route, scope, receive, send)
+
+        handle.__wrapped__ = original  # type: ignore[attr-defined]
+        return handle
+
+
+_hooks = _Hooks()
+attach = _hooks.attach
+detach = _hooks.detach
