@@ -1,0 +1,191 @@
+"""Whose fault a block is: from stacks to a site, and from what the kernel counted to a cause. Pure: reads, never waits.
+
+A *site* is ``module:function:line``, where ``line`` is the function's first one: it stays the same from sample to
+sample, so a function has one series. The log record has the line that was running.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from types import CodeType, FrameType
+from typing import Final, Literal
+
+from fastapi_headroom.ledger import Ledger
+
+Cause = Literal["python", "native", "io", "gil", "gc", "starved"]
+Owner = Literal["user", "library", "stdlib", "ours"]
+UNKNOWN: Final = "unknown"
+"""The site when nothing was sampled, or when the code is not to blame (``starved``)."""
+STACK_LINES: Final = 12
+"""Innermost frames that a log record shows."""
+_OURS: Final = str(Path(__file__).parents[1])
+_DRIVER: Final = "fastapi_headroom.driver"
+_STDLIB: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
+_PACKAGES: Final = ("/site-packages/", "/dist-packages/")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One look at a thread's stack."""
+
+    site: str
+    position: tuple[int, int, int]
+    """Which frame runs (its id and depth) and its instruction: the same twice means that it did not move on."""
+    in_call: bool
+    """False when the instruction is one where the interpreter itself gives way (a jump, a function's start)."""
+    waited: float
+    """Seconds that the sampling thread waited for the GIL, or a CPU, before it could look."""
+    route: str
+    stack: tuple[str, ...]
+    """``file:line function``, innermost first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What happened between two looks at the clocks, in seconds.
+
+    ``cpu`` and ``ready`` are of the blocked thread: on a CPU, and ready but without one. ``process_cpu`` is that of
+    all threads. ``watchdog_late`` is how long the watchdog could not run either, in stretches too long for Python code
+    that takes turns, and not for want of a CPU. ``collecting`` is time in the
+    garbage collector. ``waits_for_lock`` says whether the thread sat in a lock's system call when looked at; None
+    where the system does not tell.
+    """
+
+    wall: float
+    cpu: float
+    ready: float
+    process_cpu: float
+    watchdog_late: float
+    collecting: float
+    waits_for_lock: bool | None
+
+
+def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
+    """Return what a blocked thread did for the largest part of the time.
+
+    * ``gc``: the garbage collector ran for half of it.
+    * ``python``, ``native``: the thread used a CPU; in C when the watchdog could not run for half of the time (the
+      call kept the GIL), or when the stack stood at one call in every sample while the GIL was free.
+    * ``starved``: it was ready and got no CPU; or no thread of the process ran at all (stopped, or swapped out).
+    * ``gil``: it slept in a lock while other threads of the process computed, or the watchdog slept with it.
+    * ``io``: it slept in any other system call, a lock or a ``sleep`` among them.
+    """
+    half = evidence.wall / 2
+    asleep = max(0.0, evidence.wall - evidence.cpu - evidence.ready)
+    others = max(0.0, evidence.process_cpu - evidence.cpu)
+    if evidence.collecting >= half:
+        return "gc"
+    if evidence.cpu >= max(evidence.ready, asleep):
+        return "native" if evidence.watchdog_late >= half or _in_one_call(samples) else "python"
+    if evidence.ready >= asleep:
+        return "starved"
+    if evidence.watchdog_late >= half:
+        return "gil" if others >= half else "starved"
+    if others >= half and evidence.waits_for_lock is not False:
+        return "gil"
+    return "io"
+
+
+def _in_one_call(samples: Sequence[Sample]) -> bool:
+    """Return whether the thread was in one C call that had released the GIL.
+
+    Where the stack stood is not enough: a loop over short calls gives way at the same instruction each time. But it
+    makes whoever wants the GIL wait for a switch interval.
+    """
+    if len(samples) < 2 or len({sample.position for sample in samples}) > 1 or not samples[0].in_call:
+        return False
+    return median(sample.waited for sample in samples) < sys.getswitchinterval() / 2
+
+
+def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0) -> Sample:
+    """Return a sample of the stack that ends in ``frame``, looked at after waiting ``waited`` seconds for the GIL.
+
+    ``skip`` is the number of outermost frames that belong to whoever runs the loop: they are on every stack and
+    are never to blame.
+    """
+    frames = list(_outwards(frame))
+    frames = frames[: len(frames) - skip] or frames[:1]
+    code = frame.f_code
+    return Sample(
+        site=site_of(frames),
+        position=(id(frame), len(frames), frame.f_lasti),
+        in_call=_in_call(code, frame.f_lasti),
+        waited=waited,
+        route=_route(frames),
+        stack=tuple(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_qualname}" for f in frames[:STACK_LINES]),
+    )
+
+
+def site_of(frames: Iterable[FrameType]) -> str:
+    """Return the site of the deepest frame of the user's code, given innermost first.
+
+    Without one, it is the deepest frame of a library, and without that one ``unknown``.
+    """
+    fallback = UNKNOWN
+    for frame in frames:
+        owner = owner_of(frame.f_code.co_filename)
+        if owner == "user":
+            return _name(frame)
+        if owner == "library" and fallback == UNKNOWN:
+            fallback = _name(frame)
+    return fallback
+
+
+@lru_cache(maxsize=4096)
+def owner_of(filename: str) -> Owner:
+    """Return whose code a file is, by where it lies."""
+    if filename.startswith(_OURS):
+        return "ours"
+    if any(folder in filename for folder in _PACKAGES):
+        return "library"
+    if filename.startswith((*_STDLIB, "<")):
+        return "stdlib"
+    return "user"
+
+
+def most_common(samples: Sequence[Sample]) -> str:
+    """Return the site of most samples that have one."""
+    counts = Counter(sample.site for sample in samples if sample.site != UNKNOWN)
+    return counts.most_common(1)[0][0] if counts else UNKNOWN
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def depth_of(frame: FrameType | None) -> int:
+    """Return the number of frames from this one to the thread's first."""
+    return sum(1 for _ in _outwards(frame))
+
+
+def _name(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{frame.f_globals.get('__name__', '?')}:{code.co_qualname.replace('<locals>.', '')}:{code.co_firstlineno}"
+
+
+def _in_call(code: CodeType, instruction: int) -> bool:
+    if not 0 <= instruction < len(code.co_code):
+        return False
+    name = dis.opname[code.co_code[instruction]]
+    # These are where the interpreter looks for requests to give way: a sample there says nothing about C code.
+    return not ("JUMP" in name or name in ("RESUME", "NOP", "SEND"))
+
+
+def _route(frames: Iterable[FrameType]) -> str:
+    """Return the route of the request whose step runs, from the step driver's frame."""
+    for frame in frames:
+        if frame.f_globals.get("__name__") == _DRIVER:
+            ledger = frame.f_locals.get("ledger")
+            if isinstance(ledger, Ledger):
+                return ledger.route
+    return ""

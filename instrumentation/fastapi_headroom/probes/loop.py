@@ -1,0 +1,261 @@
+"""The loop probe: how late the event loop is, how much of the time it is held, and by whom.
+
+A heartbeat asks the loop to call it every 16 milliseconds or so and sees how late that happens. It is all that runs
+on the loop, needs nothing of the loop but ``call_later``, and so works on uvloop as on asyncio.
+
+**Utilization** is the share of time that the loop was held, over the last 15 seconds. Its parts are
+
+* the CPU time of the loop's thread, and the time that it was ready but had no CPU: exact, from the kernel;
+* the time that it slept while holding the loop (a blocking call, the GIL held by another thread): estimated from the
+  beats that found the loop held. A beat comes at a random moment, so the share of beats that find the loop held is
+  the share of time that it is (Poisson arrivals see time averages). Beats that were late because the thread computed
+  are in the first part and do not count here.
+
+Timers are exact to a millisecond, so the second part sees each blocking call about 1.25 ms shorter than it is, and
+none that is shorter than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from random import random
+from types import FrameType
+from typing import ClassVar, Final
+
+from fastapi_headroom import catalog
+from fastapi_headroom.catalog import Metric
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.blame import depth_of
+from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
+from fastapi_headroom.probes.threadpool import Threadpool
+from fastapi_headroom.probes.watchdog import Watchdog
+from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.writer import Gauge, Histogram, Writer
+
+INTERVAL: Final = 0.016
+"""Mean seconds between two beats; each comes up to a quarter of it sooner or later, so that no load keeps step."""
+HELD: Final = 0.00125
+"""Seconds from which on a beat is late because the loop was held: timers of a free loop are up to 1 ms late."""
+WINDOW: Final = 15.0
+"""Seconds that the gauges look back."""
+MOST_FILLED: Final = 500
+"""Missed beats that are recorded one by one; of a longer block's, several at a time."""
+TASKS_SHARE: Final = 0.001
+"""Share of the loop's time that counting its tasks may take."""
+
+
+class LoopProbe:
+    """Measures one event loop: the one that is running when ``bind`` is called, else that of ``attach``."""
+
+    name: ClassVar[str] = "loop"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        catalog.LOOP_DELAY,
+        catalog.LOOP_DELAY_MAX,
+        catalog.LOOP_UTILIZATION,
+        catalog.LOOP_CPU,
+        catalog.LOOP_BLOCKED,
+        catalog.LOOP_BLOCKS,
+        catalog.LOOP_TASKS,
+        catalog.THREADPOOL_TOKENS,
+        catalog.THREADPOOL_WAIT,
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        self.guard = Guard(self.name)
+        self._threshold = settings.block_threshold
+        self._threadpool = Threadpool(self.guard)
+        self._writer: Writer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
+        self._gauges: dict[str, Gauge] = {}
+        self._history: deque[tuple[float, float, float]] = deque()
+        self._worst: deque[tuple[float, float]] = deque()
+
+    def bind(self, writer: Writer) -> None:
+        """Resolve handles, measure AnyIO's threadpool, and attach to the running loop if there is one."""
+        self._detach()
+        self._writer = writer
+        self._threadpool.bind(writer)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        self.attach(loop)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Measure this loop from its next iteration on, and no other. Safe from any thread; free when it is."""
+        if loop is self._loop or self._writer is None:
+            return
+        self._detach()
+        self._loop, self._pid = loop, os.getpid()
+        # An empty context: the request in which we are called must not live on in the heartbeat.
+        loop.call_soon_threadsafe(self._start, loop, context=Context())
+
+    def sample(self) -> None:
+        """Write the gauges of the last seconds."""
+        heartbeat, watchdog = self._heartbeat, self._watchdog
+        if heartbeat is None or watchdog is None or watchdog.pulse.paused:
+            return
+        clocks = watchdog.pulse.clocks(time.monotonic())
+        asleep = heartbeat.asleep_until(clocks)
+        history = self._history
+        history.append((clocks.at, clocks.cpu, clocks.cpu + clocks.ready + asleep))
+        while len(history) > 2 and history[1][0] <= clocks.at - WINDOW:
+            history.popleft()
+        at, cpu, held = history[0]
+        elapsed = clocks.at - at
+        if elapsed > 0:
+            self._set(catalog.LOOP_CPU, min(1.0, (clocks.cpu - cpu) / elapsed))
+            self._set(catalog.LOOP_UTILIZATION, min(1.0, max(0.0, (history[-1][2] - held) / elapsed)))
+        worst, heartbeat.worst = heartbeat.worst, 0.0
+        self._worst.append((clocks.at, max(worst, clocks.at - watchdog.pulse.beat.due)))
+        while self._worst[0][0] < clocks.at - WINDOW:
+            self._worst.popleft()
+        self._set(catalog.LOOP_DELAY_MAX, max(seconds for _, seconds in self._worst))
+
+    def close(self) -> None:
+        """Stop the heartbeat and the watchdog and put AnyIO's entry back."""
+        self._detach()
+        self._threadpool.close()
+        self._writer = None
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to measure. Runs on the loop."""
+        writer = self._writer
+        if writer is None or loop is not self._loop:
+            return  # closed, or another loop was attached meanwhile
+        try:
+            pulse = Pulse(loop)
+            delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
+            heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second)
+            heartbeat.start()
+            watchdog = Watchdog(pulse, writer, self.guard, self._threshold)
+            watchdog.start()
+            self._heartbeat, self._watchdog = heartbeat, watchdog
+            self.sample()
+        except Exception as error:
+            self.guard.failed(error)
+
+    def _detach(self) -> None:
+        heartbeat, watchdog = self._heartbeat, self._watchdog
+        self._loop = self._heartbeat = self._watchdog = None
+        self._gauges.clear()
+        self._history.clear()
+        self._worst.clear()
+        if heartbeat is not None and self._pid == os.getpid():  # after a fork, the parent's loop is not ours to touch
+            heartbeat.stop()
+        if watchdog is not None:
+            watchdog.stop()
+            watchdog.pulse.close()
+
+    def _each_second(self) -> float:
+        """Write what only the loop's own thread can read safely; return seconds until that is due again."""
+        loop = self._loop
+        if loop is None:
+            return 1.0
+        began = time.perf_counter()
+        self._set(catalog.LOOP_TASKS, len(asyncio.all_tasks(loop)))
+        self._threadpool.sample()
+        return max(1.0, (time.perf_counter() - began) / TASKS_SHARE)
+
+    def _set(self, metric: Metric, value: float) -> None:
+        gauge = self._gauges.get(metric.name)
+        if gauge is None and self._writer is not None:
+            gauge = self._gauges[metric.name] = self._writer.gauge(metric, self._writer.worker)
+        if gauge is not None:
+            gauge.set(value)
+
+
+class Heartbeat:
+    """Calls itself on one loop and records how late it was called."""
+
+    def __init__(
+        self, pulse: Pulse, delay: Histogram, guard: Guard, threshold: float, each_second: Callable[[], float]
+    ) -> None:
+        self._pulse, self._delay, self._guard, self._threshold = pulse, delay, guard, threshold
+        self._each_second = each_second
+        self._second_due = 0.0
+        self._context = Context()  # an own, empty one: the request that started us must not live on in it
+        self._handle: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self.asleep = 0.0
+        """Seconds that the thread slept while it held the loop, up to the last beat."""
+        self.worst = 0.0
+        """Longest delay since somebody set it to 0."""
+
+    def start(self) -> None:
+        """Schedule the first beat. Call it from a callback of the loop, not from a task."""
+        self._resume(time.monotonic(), sys._getframe(2))
+
+    def stop(self) -> None:
+        """Cancel the next beat. Safe from any thread, and when the loop is closed."""
+        self._stopped = True
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def asleep_until(self, clocks: Clocks) -> float:
+        """Return seconds that the thread slept while it held the loop, those of a hold that lasts included."""
+        beat = self._pulse.beat
+        late = clocks.at - beat.due
+        return self.asleep + (max(0.0, late - (clocks.cpu - beat.clocks.cpu)) if late > HELD else 0.0)
+
+    def _resume(self, now: float, runner: FrameType) -> None:
+        """Take the loop as free now, whatever came before. ``runner`` is the frame that runs the loop's callbacks."""
+        self._pulse.paused = False
+        self._pulse.depth = depth_of(runner)
+        self._schedule(self._pulse.clocks(now), now)
+
+    def _beat(self) -> None:
+        if self._stopped:
+            return
+        now = time.monotonic()
+        pulse = self._pulse
+        try:
+            if pulse.paused:
+                self._resume(now, sys._getframe(1))
+                return
+            clocks = pulse.clocks(now)
+            before = pulse.beat
+            late = max(0.0, now - before.due)
+            missed = 0
+            if late < HELD:
+                self._delay.observe(late)
+            else:
+                missed = self._record(before, clocks, late)
+            if late > self.worst:
+                self.worst = late
+            if now >= self._second_due:
+                self._second_due = now + self._each_second()
+            self._schedule(clocks, before.due + missed * INTERVAL)
+        except Exception as error:
+            self._guard.failed(error)
+            self._schedule(pulse.clocks(now), now)
+
+    def _record(self, before: Beat, clocks: Clocks, late: float) -> int:
+        """Record a late beat and those that it made the loop miss; return the number of the latter."""
+        missed = int(late / INTERVAL)
+        step = 1 + missed // MOST_FILLED
+        for filled in range(0, missed + 1, step):
+            self._delay.observe_many(late - filled * INTERVAL, min(step, missed + 1 - filled))
+        # Not more than passed since the beat before, and only what is not in the CPU's part.
+        computed = clocks.cpu - before.clocks.cpu + clocks.ready - before.clocks.ready
+        if computed < late / 2:
+            self.asleep += max(0.0, min((missed + 1) * INTERVAL, clocks.at - before.clocks.at - computed))
+        if before.is_block(clocks.at, self._threshold):
+            self._pulse.ended.append(Ended(before, clocks))
+        return missed
+
+    def _schedule(self, clocks: Clocks, since: float) -> None:
+        due = since + INTERVAL * (0.75 + 0.5 * random())
+        # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
+        delay = max(1, round((due - clocks.at) * 1e3)) * 1e-3
+        self._pulse.beat = Beat(clocks, clocks.at + delay)
+        self._handle = self._pulse.loop.call_later(delay, self._beat, context=self._context)

@@ -1,0 +1,111 @@
+"""The pulse of one event loop: what its heartbeat tells the watchdog, and the clocks that both read."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections import deque
+from typing import Any, Final, NamedTuple
+
+from fastapi_headroom.probes import procfs
+
+MOST_ENDED: Final = 1000
+"""Blocks that wait to be accounted for; the watchdog comes by every few milliseconds."""
+
+
+class Clocks(NamedTuple):
+    """Readings in seconds. Only differences mean something."""
+
+    at: float
+    """``time.monotonic``."""
+    cpu: float
+    """The loop's thread on a CPU."""
+    ready: float
+    """The loop's thread ready to run, but without a CPU."""
+    process: float
+    """All threads on CPUs."""
+    collecting: float
+    """The garbage collector on the loop's thread."""
+
+
+class Beat(NamedTuple):
+    """One beat: the clocks when it ran, and when the next one is due (``time.monotonic``)."""
+
+    clocks: Clocks
+    due: float
+
+    @property
+    def began(self) -> float:
+        """When a block began that delays the next beat: half way between this one and when that is due.
+
+        The loop was free at this beat and not free when the next was due; in between, nobody looked.
+        """
+        return (self.clocks.at + self.due) / 2
+
+    def is_block(self, now: float, threshold: float) -> bool:
+        """Return whether the loop may have been held for ``threshold`` seconds since this beat.
+
+        Counting from the beat misses no block of that length, and takes none for one that is shorter by more than
+        the interval of two beats.
+        """
+        return now - self.clocks.at >= threshold and now - self.due >= threshold / 2
+
+
+class Ended(NamedTuple):
+    """A block that is over: the beat before it, and the clocks when the loop was free again."""
+
+    beat: Beat
+    clocks: Clocks
+
+
+class Pulse:
+    """Written on the loop's thread, read on the watchdog's: every attribute is replaced in one go."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Make the pulse of a loop. Call it on the loop's thread."""
+        self.loop = loop
+        self.ident = threading.get_ident()
+        self.thread = procfs.ThreadStat(threading.get_native_id())
+        self.depth = 0
+        """Frames of whoever runs the loop: at the bottom of every stack."""
+        self.paused = False
+        """The loop was found not running; how late the next beat is means nothing."""
+        self.ended: deque[Ended] = deque(maxlen=MOST_ENDED)
+        self._clock = time.pthread_getcpuclockid(self.ident) if hasattr(time, "pthread_getcpuclockid") else None
+        self._collection_began = self._collected = 0.0
+        self._callback = self._on_collection
+        gc.callbacks.append(self._callback)
+        now = time.monotonic()
+        self.beat = Beat(self.clocks(now), now)
+
+    def clocks(self, now: float) -> Clocks:
+        """Read the clocks at ``now``. Safe from any thread."""
+        process = cpu = time.process_time()  # without a clock of the thread, the process's is the next best
+        ready = 0.0
+        times = self.thread.times()
+        if times is not None:
+            cpu, ready = times
+        if self._clock is not None:
+            try:
+                cpu = time.clock_gettime(self._clock)  # exact, where the other is brought up to date at ticks
+            except OSError:
+                pass  # the loop's thread has ended
+        began = self._collection_began
+        return Clocks(now, cpu, ready, process, self._collected + (now - began if began else 0.0))
+
+    def close(self) -> None:
+        """Detach from the garbage collector. Idempotent."""
+        if self._callback in gc.callbacks:
+            gc.callbacks.remove(self._callback)
+        self.thread.close()
+
+    def _on_collection(self, phase: str, info: dict[str, Any]) -> None:
+        if threading.get_ident() != self.ident:
+            return
+        if phase == "start":
+            self._collection_began = time.monotonic()
+        elif self._collection_began:
+            self._collected += time.monotonic() - self._collection_began
+            self._collection_began = 0.0

@@ -1,0 +1,226 @@
+"""The loop's delay, utilization, CPU and tasks are what really happened, on asyncio and on uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from fastapi_headroom.probes.loop import LoopProbe
+from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.writer import Writer
+from tests.probes.loops import DELAY, RUNS, Run, measured, until
+
+UTILIZATION = "headroom_event_loop_utilization_ratio"
+
+
+@pytest.fixture(params=list(RUNS))
+def run(request: pytest.FixtureRequest) -> Run:
+    return RUNS[request.param]
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def share_above(writer: Writer, bound: str) -> float:
+    """Return the share of beats that were later than a bound."""
+    count = writer.value(f"{DELAY}_count", worker="0")
+    return 1 - writer.value(f"{DELAY}_bucket", worker="0", le=bound) / count
+
+
+def test_missed_beats_are_filled_in(run: Run) -> None:
+    """A loop stuck a quarter of the time in 200 ms spells is over 100 ms late an eighth of it: missed beats count."""
+
+    async def main() -> None:
+        async with measured() as (writer, _):
+            before = writer.value(f"{DELAY}_count", worker="0")
+            began = time.monotonic()
+            for _ in range(2):
+                await asyncio.sleep(0.6)
+                time.sleep(0.2)  # noqa: ASYNC251
+            await asyncio.sleep(0.1)
+            beats = writer.value(f"{DELAY}_count", worker="0") - before
+            assert beats == pytest.approx((time.monotonic() - began) / 0.0165, rel=0.15)
+            assert share_above(writer, "0.1") == pytest.approx(0.125, abs=0.04)
+
+    run(main())
+
+
+def test_long_block_is_filled_in_cheaply(run: Run) -> None:
+    """A block of many beats is recorded in full, with at most about a thousand observations."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            heartbeat = probe._heartbeat
+            assert heartbeat is not None
+            before = writer.value(f"{DELAY}_count", worker="0")
+            clocks = heartbeat._pulse.clocks(time.monotonic())
+            began = time.perf_counter()
+            missed = heartbeat._record(heartbeat._pulse.beat, clocks, late=3600.0)
+            assert time.perf_counter() - began < 0.05
+            assert missed == pytest.approx(3600 / 0.016, abs=1)
+            assert writer.value(f"{DELAY}_count", worker="0") - before == missed + 1
+            assert share_above(writer, "10.0") > 0.99
+
+    run(main())
+
+
+@pytest.mark.parametrize("hold", [spin, time.sleep], ids=["computing", "sleeping"])
+def test_half_busy_loop(run: Run, hold: Callable[[float], None]) -> None:
+    """A loop that is held half of the time reads 0.4 to 0.6, whether it computes or sleeps in a blocking call."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            probe.sample()
+            probe._history.clear()
+            probe.sample()
+            began, held = time.monotonic(), 0.0
+            while time.monotonic() - began < 2.5:
+                start = time.monotonic()
+                hold(0.02)
+                held += time.monotonic() - start
+                await asyncio.sleep(max(0.001, held * 2 - (time.monotonic() - began)))
+            probe.sample()
+            assert writer.value(UTILIZATION, worker="0") == pytest.approx(held / (time.monotonic() - began), abs=0.1)
+            cpu = writer.value("headroom_event_loop_cpu_ratio", worker="0")
+            assert cpu < 0.2 if hold is time.sleep else cpu > 0.2
+
+    run(main())
+
+
+def test_idle_loop(run: Run) -> None:
+    """An idle loop reads nearly 0, and the probe takes next to no CPU for it."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            probe._history.clear()
+            probe.sample()
+            used = time.process_time()
+            await asyncio.sleep(1)
+            used = time.process_time() - used
+            probe.sample()
+            assert writer.value(UTILIZATION, worker="0") < 0.1
+            assert used < 0.02  # 0.3 % on a quiet machine; a busy one makes every wake-up dearer
+
+    run(main())
+
+
+def test_gauges_move_while_the_loop_is_stuck(run: Run) -> None:
+    """A sample that is taken during a block shows it: delay max and utilization do not wait for its end."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            probe._history.clear()
+            probe.sample()
+            time.sleep(0.3)  # noqa: ASYNC251
+            probe.sample()  # the sampling thread does this
+            assert writer.value("headroom_event_loop_delay_max_seconds", worker="0") > 0.25
+            assert writer.value(UTILIZATION, worker="0") > 0.8
+
+    run(main())
+
+
+def test_delay_max_is_remembered(run: Run) -> None:
+    """The longest delay stays readable after the block is over, for longer than a scrape interval."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            time.sleep(0.2)  # noqa: ASYNC251
+            await asyncio.sleep(0.05)
+            for _ in range(3):
+                probe.sample()
+            assert writer.value("headroom_event_loop_delay_max_seconds", worker="0") == pytest.approx(0.19, abs=0.03)
+
+    run(main())
+
+
+def test_tasks_are_counted(run: Run) -> None:
+    """The number of tasks alive on the loop is written about once a second."""
+
+    async def main() -> None:
+        sleepers = [asyncio.create_task(asyncio.sleep(60)) for _ in range(10)]
+        async with measured() as (writer, _):
+            await until(lambda: ("headroom_event_loop_tasks", (("worker", "0"),)) in writer.samples())
+            assert writer.value("headroom_event_loop_tasks", worker="0") == len(asyncio.all_tasks())
+        for sleeper in sleepers:
+            sleeper.cancel()
+
+    run(main())
+
+
+def test_without_a_loop_there_are_no_series() -> None:
+    """Bound outside a loop (a job worker), the probe writes no series of a loop; `attach` begins."""
+    writer, probe = Writer.in_memory(), LoopProbe(Settings())
+    probe.bind(writer)
+    probe.sample()
+    assert not any(name.startswith("headroom_event_loop") for name, _ in writer.samples())
+
+    async def main() -> None:
+        probe.attach(asyncio.get_running_loop())
+        await asyncio.sleep(0.1)
+        assert writer.value(f"{DELAY}_count", worker="0") > 2
+
+    asyncio.run(main())
+    probe.close()
+
+
+def test_bound_again_it_writes_to_the_new_store(run: Run) -> None:
+    """After bind with another writer only that one is written to, by one heartbeat."""
+
+    async def main() -> None:
+        async with measured() as (old, probe):
+            new = Writer.in_memory()
+            probe.bind(new)
+            before = old.value(f"{DELAY}_count", worker="0")
+            await asyncio.sleep(0.5)
+            assert old.value(f"{DELAY}_count", worker="0") == before
+            assert new.value(f"{DELAY}_count", worker="0") == pytest.approx(0.5 / 0.0165, rel=0.4)
+
+    run(main())
+
+
+def test_close_stops_everything(run: Run) -> None:
+    """After close nothing is written, a second close is harmless, and the loop ends without complaint."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            probe.close()
+            before = writer.samples()
+            await asyncio.sleep(0.1)
+            probe.sample()
+            assert writer.samples() == before
+            probe.close()
+
+    run(main())
+
+
+def test_binding_request_is_not_kept_alive(run: Run) -> None:
+    """The context in which bind was called, with the request's ledger in it, does not live on in the heartbeat."""
+    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
+
+    class Request:
+        pass
+
+    async def first(probe: LoopProbe) -> weakref.ref[Request]:
+        request = Request()
+        variable.set(request)
+        probe.bind(Writer.in_memory())
+        return weakref.ref(request)
+
+    async def main() -> None:
+        probe = LoopProbe(Settings())
+        reference = await asyncio.create_task(first(probe))
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert reference() is None
+        probe.close()
+
+    run(main())
