@@ -55,9 +55,11 @@ class Postgres(Server):
     def __init__(self, data: Path, *, port: int | None = None, max_connections: int = 100, **settings: str) -> None:
         super().__init__("postgres", data, port)
         self.stop_signal = signal.SIGINT  # "fast" shutdown; SIGTERM would wait for the clients
+        wanted = self.data
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             self.user = "postgres"
             self.data = _reachable(self.data, self.user)
+        self._elsewhere = self.data != wanted
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -85,6 +87,12 @@ class Postgres(Server):
                 extra_groups=[] if self.user else None, cwd=self.data,
             )  # fmt: skip
         super().start(timeout)
+
+    def stop(self) -> None:
+        """Stop, and remove the data if they had to lie elsewhere than asked for."""
+        super().stop()
+        if self._elsewhere:
+            shutil.rmtree(self.data, ignore_errors=True)
 
     def url(self, driver: str = "asyncpg", database: str = "postgres") -> str:
         """Return the SQLAlchemy URL for a driver such as asyncpg or psycopg."""

@@ -66,7 +66,7 @@ def alerting(folder: Path, target: str, inbox_port: int) -> Iterator[None]:
 def inbox() -> Iterator[tuple[Inbox, int]]:
     """An inbox that listens."""
     box, port = Inbox(), free_port()
-    server = make_server(port, box)
+    server = make_server("127.0.0.1", port, box)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield box, port

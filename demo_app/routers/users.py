@@ -1,0 +1,67 @@
+"""Users and what they write."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, HTTPException, status
+from sqlalchemy import select
+from sqlalchemy.orm import selectinload
+
+from demo_app.database import SessionDep
+from demo_app.faults import strikes
+from demo_app.models import Post, User
+from demo_app.schemas import Page, PagingDep, PostIn, PostOut, UserOut, UserWithPosts
+
+
+async def _fail_at_times() -> None:
+    """Raise every second time while the fault ``error_burst`` is on."""
+    if strikes("error_burst", share=0.5):
+        raise RuntimeError("the profile could not be read")
+
+
+router = APIRouter(prefix="/users", tags=["users"], dependencies=[Depends(_fail_at_times)])
+
+
+@router.get("")
+async def list_users(session: SessionDep, paging: PagingDep) -> Page[UserWithPosts]:
+    """List users with their posts: two statements, however many users (``selectinload``)."""
+    query = (
+        select(User)
+        .where(User.id > paging.after)
+        .order_by(User.id)
+        .limit(paging.limit + 1)
+        .options(selectinload(User.posts))
+    )
+    users = list(await session.scalars(query))
+    items = [UserWithPosts.model_validate(user) for user in users[: paging.limit]]
+    return Page(items=items, next_after=items[-1].id if len(users) > paging.limit else None)
+
+
+@router.get("/{user_id}")
+async def get_user(user_id: int, session: SessionDep) -> UserOut:
+    """Return a user."""
+    user = await session.get(User, user_id)
+    if user is None:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "no such user")
+    return UserOut.model_validate(user)
+
+
+@router.get("/{user_id}/posts")
+async def list_posts(user_id: int, session: SessionDep, paging: PagingDep) -> Page[PostOut]:
+    """List what a user wrote, a page at a time."""
+    query = (
+        select(Post).where(Post.user_id == user_id, Post.id > paging.after).order_by(Post.id).limit(paging.limit + 1)
+    )
+    posts = list(await session.scalars(query))
+    items = [PostOut.model_validate(post) for post in posts[: paging.limit]]
+    return Page(items=items, next_after=items[-1].id if len(posts) > paging.limit else None)
+
+
+@router.post("/{user_id}/posts", status_code=status.HTTP_201_CREATED)
+async def write_post(user_id: int, post: PostIn, session: SessionDep) -> PostOut:
+    """Add a post."""
+    if await session.get(User, user_id) is None:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "no such user")
+    row = Post(user_id=user_id, title=post.title, body=post.body)
+    session.add(row)
+    await session.commit()
+    return PostOut.model_validate(row)
