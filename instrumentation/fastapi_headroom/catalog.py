@@ -228,20 +228,6 @@ CACHE_REQUESTS = _counter(
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
 )
-CACHE_MEMORY = _gauge(
-    "headroom_cache_memory_bytes", "cache", ("cache",), "Memory that the cache server uses.", "bytes", "livemax"
-)
-CACHE_MEMORY_LIMIT = _gauge(
-    "headroom_cache_memory_limit_bytes",
-    "cache",
-    ("cache",),
-    "Memory that the cache server may use.",
-    "bytes",
-    "livemax",
-)
-CACHE_EVICTIONS = _counter(
-    "headroom_cache_evictions_total", "cache", ("cache",), "Keys that the cache server evicted for memory.", "keys"
-)
 
 # --------------------------------------------------------------------- loop
 LOOP_DELAY = _histogram(
@@ -286,14 +272,6 @@ THREADPOOL_WAIT = _histogram(
 _SYSTEM, _QUEUE = "messaging_system", "messaging_destination_name"
 QUEUE_DEPTH = _gauge(
     "headroom_queue_depth", "queue", (_SYSTEM, _QUEUE, "priority"), "Jobs ready to run.", "jobs", "livemax"
-)
-QUEUE_DELAYED = _gauge(
-    "headroom_queue_delayed",
-    "queue",
-    (_SYSTEM, _QUEUE, "priority"),
-    "Jobs scheduled for later; not backlog.",
-    "jobs",
-    "livemax",
 )
 QUEUE_IN_PROGRESS = _gauge(
     "headroom_queue_in_progress",

@@ -37,3 +37,9 @@ DESCRIPTOR_SHARE: Final = 0.9
 REMAINING_LOW: Final = 0.1
 TRAFFIC_FLOOR: Final = 0.05
 """Requests per second under which an error ratio means nothing."""
+UNHANDLED_RATE: Final = 0.01
+"""Unhandled exceptions per second of one kind on one route (three in five minutes)."""
+THREADS_WAITING: Final = 1.0
+"""Tasks that wait for a thread of AnyIO's pool, on average, from which on the pool counts as saturated."""
+QUEUE_BACKLOG_JOBS: Final = 10.0
+"""Jobs that a queue always has ready while it grows: fewer are no backlog."""

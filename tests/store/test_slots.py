@@ -52,7 +52,7 @@ def test_a_restarted_worker_goes_on_from_the_counters_of_the_killed_one(tmp_path
         first.ask(COUNT_ERRORS.format(5))
         first.ask("writer.histogram(catalog.POOL_WAIT, 'primary').observe(0.02)")
         first.ask("writer.gauge(catalog.LOOP_TASKS, '0').set(7)")
-        first.ask("writer.gauge(catalog.CACHE_MEMORY, 'redis').set(7)")
+        first.ask("writer.gauge(catalog.REMAINING, 'pool', 'primary').set(7)")
         assert reader.read().values()["headroom_event_loop_tasks", (("worker", "0"),)] == 7
         first.kill()
     dead = reader.read()
@@ -72,7 +72,7 @@ def test_a_restarted_worker_goes_on_from_the_counters_of_the_killed_one(tmp_path
         assert values["db_client_connection_wait_time_seconds_count", (pool,)] == 2
         assert values["db_client_connection_wait_time_seconds_bucket", (pool, ("le", "0.025"))] == 2
         assert ("headroom_event_loop_tasks", (("worker", "0"),)) not in values
-        assert ("headroom_cache_memory_bytes", (("cache", "redis"),)) not in values
+        assert ("headroom_remaining_ratio", (("name", "primary"), ("resource", "pool"))) not in values
         assert {path.name for path in tmp_path.iterdir()} == files - {"gauge_livemax_slot0.db"}
 
 
@@ -205,7 +205,7 @@ def test_a_directory_that_is_emptied_under_its_workers_is_taken_anew(tmp_path: P
     second = Writer.open(tmp_path)
     second.counter(catalog.PROBE_ERRORS, "request").inc()
     counter.inc(5)
-    first.gauge(catalog.CACHE_MEMORY, "redis").set(1)
+    first.gauge(catalog.REMAINING, "pool", "primary").set(1)
     first.close()
     snapshot = reader.read()
     assert snapshot.alive == [0]

@@ -9,7 +9,7 @@ later. A job from a publisher without the hook is timed from when this poller fi
 
 Jobs with an ``eta`` lie in the list until a worker fetches them and are counted there until then; a worker keeps
 them in the hash of unacknowledged messages, where they cannot be told from others without reading all of it. So
-``headroom_queue_delayed`` has no series here, and ``headroom_queue_in_progress`` is one series for all queues of
+delayed jobs have no series here, and ``headroom_queue_in_progress`` is one series for all queues of
 the database (destination and priority ``_all``): jobs that workers have fetched and not acknowledged, delayed
 ones too. Celery acknowledges a job when it starts, unless ``acks_late`` is set, so running ones count only then.
 """
