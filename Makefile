@@ -7,6 +7,11 @@ DURATION ?=
 FAULT ?=
 SCALE ?=
 
+# Debian ships Python without venv. Installed only as root, or by sudo without a password.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+INSTALL_VENV := { echo "==> installing python3-venv" && $(AS_ROOT) apt-get update -qq && \
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; }
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench packs soak clean
 
@@ -16,7 +21,8 @@ help: ## list the targets
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "==> virtual environment in $(VENV) (a minute or two the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: run make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: run apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(INSTALL_VENV) || { echo "Python's venv is missing: run sudo apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
