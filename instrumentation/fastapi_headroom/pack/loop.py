@@ -224,7 +224,7 @@ def _blame_row() -> Row:
                     Column("Blocked", in_time(catalog.LOOP_BLOCKED), "s", 1, bar=True),
                     Column("Times", in_time(catalog.LOOP_BLOCKS), "short", 0),
                     sort="Blocked",
-                    widths={"Cause": 90, "Times": 80},
+                    widths={"Cause": 80, "Blocked": 170, "Times": 70},
                 ),
                 12,
                 9,

@@ -114,6 +114,7 @@ def _headroom_row() -> Row:
         {"severity": "Severity", "alert": "Alert", "instance": "Instance", "board": "Board"},
         Column("Firing", f"group by (severity, alert, instance, board) ({named}) or on () {quiet}", "short"),
         sort="Severity",
+        rising=True,  # critical, info, warning: the alphabet is nearly right
         links={"Alert": panels.board_link("${__data.fields.Board}")},
         hidden=("Board", "Firing"),
         widths={"Severity": 90, "Instance": 140},

@@ -183,6 +183,7 @@ def listing(
     keys: Mapping[str, str],
     *columns: Column,
     sort: str = "",
+    rising: bool = False,
     links: Mapping[str, str] | None = None,
     widths: Mapping[str, int] | None = None,
     hidden: Sequence[str] = (),
@@ -224,7 +225,7 @@ def listing(
         cell = model.DynamicConfigValue("custom.cellOptions", {"type": "color-text"})
         panel.override_by_name(heading, [model.DynamicConfigValue("mappings", mapping), cell])
     if sort:
-        panel.sort_by([common.TableSortByFieldState().display_name(sort).desc(True)])
+        panel.sort_by([common.TableSortByFieldState().display_name(sort).desc(not rising)])
     return panel.cell_height(looks.TableCellHeight.SM).footer(common.TableFooterOptions().show(False))
 
 
