@@ -7,13 +7,13 @@ space, rights or the directory again, and then moves there with all its counts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import StoreError
 from fastapi_headroom.store import layout, memory
 from fastapi_headroom.store.carry import carry_over
+from fastapi_headroom.store.handles import Gauge
 from fastapi_headroom.store.memory import Held
 from fastapi_headroom.store.moving import move
 from fastapi_headroom.store.region import FullError, Region
@@ -23,11 +23,9 @@ log = logging.getLogger("fastapi_headroom")
 
 
 class SlotFiles:
-    """Callers hold the writer's lock. ``on_change`` is called when ``degraded`` has changed."""
+    """Callers hold the writer's lock."""
 
-    def __init__(
-        self, directory: Path | None, *, group_readable: bool, capacity: int, on_change: Callable[[], None]
-    ) -> None:
+    def __init__(self, directory: Path | None, *, group_readable: bool, capacity: int) -> None:
         self.directory = directory
         self.slot: Slot | None = None
         self.degraded = False
@@ -35,7 +33,9 @@ class SlotFiles:
         """Where new series go, by stem of the file's name."""
         self.spares: dict[str, Region] = {}
         """Series for which their file had no space."""
-        self._group_readable, self._capacity, self._on_change = group_readable, capacity, on_change
+        self.degraded_gauge: Gauge | None = None
+        """Where it is shown, once there is such a series."""
+        self._group_readable, self._capacity = group_readable, capacity
         self._mode = 0o640 if group_readable else 0o600
         self._taken_over = False
         self._number: int | None = None  # the slot that this worker's labels name: it takes no other one again
@@ -74,7 +74,7 @@ class SlotFiles:
         """Take note that something is counted in memory only, and say why, once until it is over."""
         if self.degraded:
             return
-        self.degraded = True
+        self._set_degraded(True)
         if isinstance(error, FullError):
             reason = f"a file in {self.directory} is full; look for label values without bounds"
         elif isinstance(error, OSError):
@@ -86,7 +86,6 @@ class SlotFiles:
             "until the store can be written: %s",
             reason,
         )
-        self._on_change()
 
     def tend(self) -> None:
         """Notice a directory that was deleted, and move what is in memory to files as soon as that can be.
@@ -113,9 +112,13 @@ class SlotFiles:
             if isinstance(error, SlotTakenError):
                 self._leave_to_successor()
             return
-        self.degraded = False
+        self._set_degraded(False)
         log.warning("fastapi-headroom: %s can be written again, and has what was counted meanwhile", self.directory)
-        self._on_change()
+
+    def _set_degraded(self, degraded: bool) -> None:
+        self.degraded = degraded
+        if self.degraded_gauge is not None:
+            self.degraded_gauge.set(float(degraded))
 
     def leave(self, *, copy: bool) -> None:
         """Go on in memory for good, with the values or with zeros."""

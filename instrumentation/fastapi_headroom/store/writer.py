@@ -40,9 +40,7 @@ class Writer:
         self._lock = threading.RLock()
         self._handles: dict[tuple[Metric, tuple[str, ...]], Handle] = {}
         self._overflow_logged = False
-        self._files = SlotFiles(
-            directory, group_readable=group_readable, capacity=self._capacity, on_change=self._show_degraded
-        )
+        self._files = SlotFiles(directory, group_readable=group_readable, capacity=self._capacity)
         self.worker = "0"
         _writers.add(self)
 
@@ -189,15 +187,11 @@ class Writer:
 
     def _make_own_series(self, *, restarted: bool) -> None:
         self.counter(catalog.LABEL_OVERFLOW)
-        self.gauge(catalog.STORE_DEGRADED).set(1.0 if self.degraded else 0.0)
+        gauge = self._files.degraded_gauge = self.gauge(catalog.STORE_DEGRADED)
+        gauge.set(float(self.degraded))
         restarts = self.counter(catalog.WORKER_RESTARTS)
         if restarted:
             restarts.inc()
-
-    def _show_degraded(self) -> None:
-        gauge = self._handles.get((catalog.STORE_DEGRADED, ()))
-        if isinstance(gauge, Gauge):
-            gauge.set(1.0 if self.degraded else 0.0)
 
     def _after_fork_in_child(self) -> None:
         """Keep nothing of the parent's: neither its lock, which would outlive it, nor its files."""
