@@ -128,6 +128,15 @@ class Slot:
             self.fd = -1
 
 
+def fingerprint_in(path: Path) -> str:
+    """Return whose files a lock file says that its slot has, without locking it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return str(_read_record(fd).get("fingerprint", ""))
+    finally:
+        os.close(fd)
+
+
 def has_name(fd: int, path: Path) -> bool:
     """Return whether a path leads to an open file; True as well when that cannot be told, for want of rights."""
     try:

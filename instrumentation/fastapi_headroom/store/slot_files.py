@@ -7,6 +7,8 @@ space, rights or the directory again, and then moves there with all its counts.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Container
 from pathlib import Path
 
 from fastapi_headroom import catalog
@@ -17,9 +19,10 @@ from fastapi_headroom.store.handles import Gauge
 from fastapi_headroom.store.memory import Held
 from fastapi_headroom.store.moving import move
 from fastapi_headroom.store.region import FullError, Region
-from fastapi_headroom.store.slot import Slot, SlotTakenError, prepare_directory
+from fastapi_headroom.store.slot import LOCK_FILE, Slot, SlotTakenError, fingerprint_in, prepare_directory
 
 log = logging.getLogger("fastapi_headroom")
+_ADOPT_AFTER_SECONDS = 10.0
 
 
 class SlotFiles:
@@ -39,6 +42,7 @@ class SlotFiles:
         self._mode = 0o640 if group_readable else 0o600
         self._taken_over = False
         self._number: int | None = None  # the slot that this worker's labels name: it takes no other one again
+        self._opened, self._adopted = time.monotonic(), False
         memory.register(self)
 
     def open(self) -> None:
@@ -94,6 +98,9 @@ class SlotFiles:
         """
         if self.directory is None:
             return
+        if not self._adopted and time.monotonic() - self._opened > _ADOPT_AFTER_SECONDS:
+            self._adopted = True
+            self._adopt_slots_of_other_releases(self.directory)
         slot = self.slot
         if slot is not None and not (slot.is_current() and all(region.is_file for region in self.regions.values())):
             self.degrade(StoreError(f"{self.directory} was deleted or emptied while this worker used it"))
@@ -142,7 +149,9 @@ class SlotFiles:
             prepare_directory(self.directory, group_readable=self._group_readable)
             self.slot = Slot.claim(self.directory, mode=self._mode, number=number)
             self._number = self.slot.number
-        taken = self._take_over(self.slot)
+        # Files that are ours already: nothing but the lock file was deleted.
+        mine = {stem for stem, region in self.regions.items() if region.is_file}
+        taken = self._take_over(self.slot, mine)
         self._taken_over = True
         for stem, region in taken.items():
             before = self.regions.get(stem)
@@ -156,18 +165,39 @@ class SlotFiles:
             if region.has_file:
                 region.detach(copy=False)
 
-    def _take_over(self, slot: Slot) -> dict[str, Region]:
-        """Return the counters that the slot's last owner left; its gauges are gone with it."""
+    def _adopt_slots_of_other_releases(self, directory: Path) -> None:
+        """Rewrite what dead workers of another release left, lest their buckets or help texts mix with ours.
+
+        Not at the start: a slot that is looked after cannot be claimed, and then is when workers claim theirs.
+        """
+        fingerprint = layout.fingerprint(catalog.ALL)
+        for path in directory.glob("slot*.lock"):
+            try:
+                match = LOCK_FILE.fullmatch(path.name)
+                if match is None or fingerprint_in(path) == fingerprint:
+                    continue
+                slot = Slot.claim(directory, mode=self._mode, number=int(match[1]))
+            except (OSError, StoreError):
+                continue  # alive, or another user's
+            try:
+                for region in self._take_over(slot).values():
+                    region.close()
+            except (OSError, FullError) as error:
+                log.debug("fastapi-headroom: %s stays that of another release: %s", path, error)
+            finally:
+                slot.release()
+
+    def _take_over(self, slot: Slot, mine: Container[str] = ()) -> dict[str, Region]:
+        """Return the counters that the slot's last owner left, under our keys; its gauges are gone with it."""
         assert self.directory is not None
         remove_gauges(self.directory, slot.number)
         fingerprint = layout.fingerprint(catalog.ALL)
         taken: dict[str, Region] = {}
         for stem in ("counter", "histogram"):
             path = self.directory / layout.file_name(stem, slot.number)
-            mine = stem in self.regions and self.regions[stem].is_file  # nothing but the lock file was deleted
             try:
                 region = Region.open(path, self._capacity)
-                if slot.fingerprint != fingerprint and not mine:
+                if slot.fingerprint != fingerprint and stem not in mine:
                     kept = carry_over(region.entries(), stem, catalog.ALL)
                     region.close()
                     region = Region.create(path, self._capacity, self._mode, kept.items())
