@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from fastapi_headroom import catalog
 from fastapi_headroom.store import memory, region
-from fastapi_headroom.store.reader import Reader
+from fastapi_headroom.store.reader import Reader, held_here
 from fastapi_headroom.store.writer import Writer
 from tests.store.workers import Worker
 
@@ -77,7 +77,9 @@ def test_a_worker_without_a_directory_is_seen_by_the_reader_in_its_process(store
     values = Reader(store).read().values()
     assert (values[ERRORS], values[WAITS], values[TASKS], values[DEGRADED]) == (2, 1, 7, 1)
     assert Reader(store.with_name("another")).read().values() == {}
+    assert held_here(store) and not held_here(store.with_name("another"))
     writer.close()
+    assert not held_here(store)
     assert Reader(store).read().values() == {}
 
 

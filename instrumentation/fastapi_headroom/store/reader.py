@@ -26,7 +26,7 @@ from fastapi_headroom.store.memory import Held
 from fastapi_headroom.store.merge import Plan, SeriesIndex, Totals
 from fastapi_headroom.store.snapshot import Family, Rows, Snapshot
 
-__all__ = ["Family", "Reader", "Rows", "Snapshot"]
+__all__ = ["Family", "Reader", "Rows", "Snapshot", "held_here"]
 
 log = logging.getLogger("fastapi_headroom")
 _MANY = 65_536
@@ -37,6 +37,12 @@ Column = tuple[str, Layout, Sequence[float], Sequence[float] | None]
 """Gauge mode, layout, values, and times where they matter."""
 _FORGET_BEYOND = 10_000
 """Series that are gone may be remembered up to this many, or as many as there are."""
+
+
+def held_here(directory: Path) -> bool:
+    """Return whether this process holds series of a store in memory that only a reader in this process can show."""
+    with memory.standing(directory) as held:
+        return bool(held)
 
 
 class Reader:
