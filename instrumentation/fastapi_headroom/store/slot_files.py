@@ -91,21 +91,27 @@ class SlotFiles:
             reason,
         )
 
-    def tend(self) -> None:
-        """Notice a directory that was deleted, and move what is in memory to files as soon as that can be.
+    def look_after(self) -> bool:
+        """Return whether there is something to ``tend``. Without the lock: a disk that hangs must hold up nobody else.
 
-        About 10 us when all is well; called about once a second by a thread that may wait for a disk.
+        About 10 us when all is well; ten seconds after the start it also looks after the slots of dead workers, once.
         """
-        if self.directory is None:
-            return
+        directory, slot = self.directory, self.slot
+        if directory is None:
+            return False
         if not self._adopted and time.monotonic() - self._opened > _ADOPT_AFTER_SECONDS:
             self._adopted = True
-            self._adopt_slots_of_other_releases(self.directory)
-        slot = self.slot
-        if slot is not None and not (slot.is_current() and all(region.is_file for region in self.regions.values())):
-            self.degrade(StoreError(f"{self.directory} was deleted or emptied while this worker used it"))
-        if not self.degraded:
+            self._adopt_slots_of_other_releases(directory)
+        if self.degraded:
+            return True
+        return slot is not None and not (slot.is_current() and all(r.is_file for r in list(self.regions.values())))
+
+    def tend(self) -> None:
+        """Move what is in memory to files, and what lies in deleted ones to new ones, if that can be by now."""
+        if self.directory is None:
             return
+        slot = self.slot
+        self.degrade(StoreError(f"{self.directory} was deleted or emptied while this worker used it"))
         try:
             if slot is not None and not slot.is_current():
                 self._taken_over, self.slot = False, None

@@ -104,8 +104,9 @@ class Writer:
 
     def tend(self) -> None:
         """Move what waits in memory to files as soon as that can be. For a thread that may wait, once a second."""
-        with memory.moving(), self._lock:
-            self._files.tend()
+        if self._files.look_after():
+            with memory.moving(), self._lock:
+                self._files.tend()
 
     def close(self) -> None:
         """Release the slot; handles go on in anonymous memory. Idempotent."""
