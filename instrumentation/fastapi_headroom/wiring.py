@@ -240,11 +240,20 @@ class Runtime:
         while not stopping.wait(self.settings.sample_interval):
             if self._may_trace:
                 self._trace()  # an app or SQLAlchemy may have come since
+            self._tend()
             for probe in self.probes:
                 try:
                     probe.sample()
                 except Exception as error:
                     probe.guard.failed(error)
+
+    def _tend(self) -> None:
+        writer = self._own_writer
+        try:
+            if writer is not None:
+                writer.tend()
+        except Exception:
+            log.debug("fastapi-headroom: the store could not be tended", exc_info=True)
 
     def stop(self) -> None:
         """Undo all that ``first_serve`` did."""

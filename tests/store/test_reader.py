@@ -340,3 +340,20 @@ def test_totals_never_fall_while_workers_restart_with_new_releases(
     assert Reader(tmp_path).read().values()[ERRORS] == 60
     assert seen == sorted(seen)
     assert len(set(seen)) > 5
+
+
+def test_a_reader_that_runs_on_shows_the_help_of_the_newer_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar that outlives an update shows the new text, with the counts that were carried over."""
+    reader = Reader(tmp_path)
+    row = catalog.PROBE_ERRORS
+    for text in ("As it was.", "As it is."):
+        replaced = dataclasses.replace(row, help=text)
+        monkeypatch.setattr(catalog, "ALL", [replaced if metric.name == row.name else metric for metric in catalog.ALL])
+        writer = Writer.open(tmp_path)
+        writer.counter(replaced, "request").inc()
+        snapshot = reader.read()
+        writer.close()
+    assert {family.name: family.help for family in snapshot.families}["headroom_probe_errors"] == "As it is."
+    assert snapshot.values()[ERRORS] == 2

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.request_series import WAIT_STAGES, Table
+from fastapi_headroom.probes.request_series import WAIT_STAGES, ResponseSeries, Table
 
 STREAM_AFTER: Final = 1.0
 """Seconds between the start of a response and its end from which on it is a stream, see above."""
@@ -52,8 +52,10 @@ class Exchange:
         "_received",
         "_scope",
         "_send",
+        "_series",
         "_table",
         "began",
+        "counted",
         "disconnected",
         "duration",
         "headers",
@@ -88,7 +90,9 @@ class Exchange:
         self.several = False
         self.disconnected = False
         self.duration = 0.0
+        self.counted = False
         self.recorded = False
+        self._series: ResponseSeries | None = None
         enter, self._leave = table.active.get(ledger.method) or table.make_active(ledger.method)
         enter()
 
@@ -120,6 +124,8 @@ class Exchange:
         return self._send(message)
 
     async def _send_body(self, message: Message) -> None:
+        if not message.get("more_body", False):
+            self._count()
         try:
             await self._send(message)
         except OSError:  # how servers tell, since version 2.4 of the ASGI specification, that the client has gone
@@ -136,6 +142,7 @@ class Exchange:
             self._guard.failed(error)
 
     async def _send_file(self, message: Message) -> None:
+        self._count()
         await self._send(message)
         try:
             self.sent = int(header(self.headers, b"content-length") or 0)
@@ -147,6 +154,22 @@ class Exchange:
         # An event stream may stay open for hours: its first byte is reported now.
         if self._is_event_stream():
             self._table.add_route(self.route()).first_byte(self.began - self.ledger.started)
+
+    def _count(self) -> None:
+        """Count the outcome before the last byte leaves: who got an answer is counted, be the process killed next."""
+        try:
+            if self.counted or self.ledger.finished:
+                return
+            route, status = self.route(), self.status
+            if status < 500:
+                key = (self.ledger.method, route, status, "")
+                series = self._series = self._table.responses.get(key) or self._table.add_response(*key)
+                series.outcome(1.0)
+            else:  # of which exception it is comes later
+                self._table.failure(route)(1.0)
+            self.counted = True
+        except Exception as error:
+            self._guard.failed(error)
 
     def complete(self) -> None:
         """Close the books: the last byte is out. A response of 5xx waits for its exception, which comes next."""
@@ -206,9 +229,10 @@ class Exchange:
         """Write the request to the store."""
         ledger = self.ledger
         table = self._table
-        route = ledger.route or self.route()
-        key = (ledger.method, route, self.status, error_type)
-        series = table.responses.get(key) or table.add_response(*key)
+        series = self._series
+        if series is None or error_type:
+            key = (ledger.method, ledger.route or self.route(), self.status, error_type)
+            series = table.responses.get(key) or table.add_response(*key)
         by_route = series.route
         kind = self._stream_kind() if self.several else ""
         if kind:
@@ -231,7 +255,8 @@ class Exchange:
         received = self._received or (self._announced() if ledger.method in _WITH_BODY else 0)
         if received:
             (series.request_size or series.make_request_size())(received)
-        series.outcome(1.0)
+        if not self.counted:
+            series.outcome(1.0)
         table.count()
         if self.disconnected:
             by_route.disconnect(1.0)

@@ -127,6 +127,11 @@ class Table:
             series = self._routes[route] = RouteSeries(self._writer, route)
         return series
 
+    def failure(self, route: str) -> Write:
+        """Return the counter of a route's failed requests."""
+        self.add_route(route)
+        return self._writer.counter(catalog.REQUESTS, route, "error").inc
+
     def websocket(self, route: str) -> WebSocketSeries:
         """Return a WebSocket route's series."""
         series = self._websockets.get(route)

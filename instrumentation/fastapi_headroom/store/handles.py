@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left
+from contextlib import AbstractContextManager, nullcontext
 
 
 class Handle:
@@ -57,13 +58,15 @@ class RecentGauge(Gauge):
 
     def set(self, value: float) -> None:
         """Replace the value and note the time."""
+        now = time.time()
         self.view[self.index] = value
-        self.view[self.index + 1] = time.time()
+        self.view[self.index + 1] = now
 
     def inc(self, amount: float = 1.0) -> None:
         """Add an amount and note the time."""
+        now = time.time()
         self.view[self.index] += amount
-        self.view[self.index + 1] = time.time()
+        self.view[self.index + 1] = now
 
     def dec(self, amount: float = 1.0) -> None:
         """Take an amount off and note the time."""
@@ -82,14 +85,17 @@ class Histogram(Handle):
 
     def observe(self, value: float) -> None:
         """Count one observation, in the metric's unit."""
+        # The only call comes first: what follows is one uninterrupted step, also while the handle moves elsewhere.
+        bucket = bisect_left(self.bounds, value)
         view = self.view
-        view[self.cells[bisect_left(self.bounds, value)]] += 1.0
+        view[self.cells[bucket]] += 1.0
         view[self.index] += value
 
     def observe_many(self, value: float, count: int) -> None:
         """Count the same observation several times."""
+        bucket = bisect_left(self.bounds, value)
         view = self.view
-        view[self.cells[bisect_left(self.bounds, value)]] += count
+        view[self.cells[bucket]] += count
         view[self.index] += value * count
 
 
@@ -142,6 +148,11 @@ class LockedHistogram(Histogram):
 def classes(gil: bool) -> tuple[type[Counter], type[Gauge], type[Histogram]]:
     """Return the classes of handles for an interpreter with or without the GIL: chosen once, not per event."""
     return (Counter, Gauge, Histogram) if gil else (LockedCounter, LockedGauge, LockedHistogram)
+
+
+def counting_lock() -> AbstractContextManager[object]:
+    """Return what keeps counts still while their handles move: nothing is needed under the GIL."""
+    return nullcontext() if gil_enabled() else _lock
 
 
 def gil_enabled() -> bool:

@@ -49,7 +49,7 @@ class SeriesIndex:
             known = self._numbers.setdefault(series, len(self.series))
             if known == len(self.series):
                 self.series.append(series)
-                self.help.setdefault(family, help_text)
+            self.help[family] = help_text  # a key that is new may be that of a newer release
             self._keys[file.kind, mode, pid, raw] = known
         return known
 
@@ -119,7 +119,7 @@ class Plan:
 
 class _FamilyPlan:
     def __init__(self, name: str, index: SeriesIndex, members: list[int]) -> None:
-        self.name, self.kind, self.help = name, index.series[members[0]].kind, index.help[name]
+        self.name, self.kind, self._help = name, index.series[members[0]].kind, index.help
         if self.kind != "histogram":
             members = sorted(members, key=lambda number: index.series[number].labels)
             self.rows = Rows(tuple((index.series[number].name, index.series[number].labels) for number in members))
@@ -153,7 +153,7 @@ class _FamilyPlan:
 
     def family(self, totals: Sequence[float | None]) -> Family:
         if self.kind != "histogram":
-            return Family.of_rows(self.name, self.kind, self.help, self.rows, self._pick(totals))
+            return Family.of_rows(self.name, self.kind, self._help[self.name], self.rows, self._pick(totals))
         values: list[float] = []
         for pick_cells, pick_ends, pick_others, has_buckets in self._parts:
             cumulative: Sequence[float] = list(accumulate(pick_cells(totals)))
@@ -161,4 +161,4 @@ class _FamilyPlan:
             values += pick_others(totals)
             if has_buckets:
                 values.append(cumulative[-1])
-        return Family.of_rows(self.name, self.kind, self.help, self.rows, values)
+        return Family.of_rows(self.name, self.kind, self._help[self.name], self.rows, values)

@@ -14,20 +14,35 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastapi_headroom.store import slot
-from fastapi_headroom.store.files import Buffer, Layouts, StoreFile
+from fastapi_headroom import catalog
+from fastapi_headroom.store import layout, memory, slot
+from fastapi_headroom.store.files import Buffer, Layout, Layouts, StoreFile
 from fastapi_headroom.store.layout import FileName, TornFileError
+from fastapi_headroom.store.memory import Held
 from fastapi_headroom.store.merge import Plan, SeriesIndex, Totals
 from fastapi_headroom.store.snapshot import Family, Rows, Snapshot
 
-__all__ = ["Family", "Reader", "Rows", "Snapshot"]
+__all__ = ["Family", "Reader", "Rows", "Snapshot", "held_here"]
 
 log = logging.getLogger("fastapi_headroom")
 _MANY = 65_536
+_GRACE_SECONDS = 2.0
+_SUM = "sum"
+_OF_DEGRADED = FileName("gauge", catalog.STORE_DEGRADED.mode, "", None)
+Column = tuple[str, Layout, Sequence[float], Sequence[float] | None]
+"""Gauge mode, layout, values, and times where they matter."""
 _FORGET_BEYOND = 10_000
 """Series that are gone may be remembered up to this many, or as many as there are."""
+
+
+def held_here(directory: Path) -> bool:
+    """Return whether this process holds series of a store in memory that only a reader in this process can show."""
+    with memory.standing(directory) as held:
+        return bool(held)
 
 
 class Reader:
@@ -39,6 +54,7 @@ class Reader:
         self._files: dict[str, StoreFile] = {}
         self._locks: dict[str, tuple[int, int]] = {}
         self._reported: set[str] = set()
+        self._silent: dict[int, float] = {}
         # Descriptors are kept open (see ``files``), but half of them are left to the rest of the process.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._pins = _MANY if limit == resource.RLIM_INFINITY else limit // 2
@@ -47,6 +63,10 @@ class Reader:
 
     def read(self) -> Snapshot:
         """Merge what all workers wrote until now. A directory that is not there is empty. Never raises OSError."""
+        with memory.standing(self._directory) as held:
+            return self._read(held)
+
+    def _read(self, held: list[Held]) -> Snapshot:
         try:
             with os.scandir(self._directory) as entries:
                 listing = sorted((entry.name, entry.inode()) for entry in entries)
@@ -55,7 +75,7 @@ class Reader:
             if not isinstance(error, FileNotFoundError):
                 self._report(str(self._directory), error)
         snapshot = Snapshot(alive=self._alive([item for item in listing if item[0].endswith(".lock")]))
-        totals = self._merge([item for item in listing if item[0].endswith(".db")], snapshot)
+        totals = self._merge([item for item in listing if item[0].endswith(".db")], held, snapshot)
         absent = (
             frozenset(number for number, value in enumerate(totals) if value is None) if None in totals else frozenset()
         )
@@ -98,7 +118,7 @@ class Reader:
                 self._report(name, error)
         return sorted(alive)
 
-    def _merge(self, listing: list[tuple[str, int]], snapshot: Snapshot) -> list[float | None]:
+    def _merge(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> list[float | None]:
         for gone in self._files.keys() - {name for name, _ in listing}:
             self._files.pop(gone).close()
         alive = set(snapshot.alive)
@@ -109,7 +129,7 @@ class Reader:
                 snapshot.unreadable.append(name)
             elif not (file.name.slot is not None and file.name.mode.startswith("live") and file.name.slot not in alive):
                 read.append((name, file))
-        columns = []
+        columns: list[Column] = []
         pins = self._pins - len(self._locks)
         for number, (name, file) in enumerate(read):
             try:
@@ -124,14 +144,44 @@ class Reader:
                 mode = file.name.mode.removeprefix("live")
                 times = file.layout.pick_times(view) if mode == "mostrecent" else None
                 columns.append((mode, file.layout, file.layout.pick(view), times))
+        columns += [self._column(part) for part in held]
+        if degraded := self._degraded_elsewhere(listing, held, snapshot):
+            number = self._index.number(_OF_DEGRADED, layout.keys_of(catalog.STORE_DEGRADED, [])[0])
+            columns.append((_SUM, self._layouts.get((number,), (0,)), (float(degraded),), None))
         snapshot.unreadable.sort()
         totals = Totals(len(self._index.series))
-        for mode, layout, column, times in columns:
+        for mode, layout_, column, times in columns:
             if times is None:
-                totals.add(mode, layout, column)
+                totals.add(mode, layout_, column)
             else:
-                totals.add_recent(layout, column, times)
+                totals.add_recent(layout_, column, times)
         return totals.finish()
+
+    def _column(self, part: Held) -> Column:
+        """Return what this process holds in memory as if it were a file."""
+        identifier = "memory" if part.slot is None else f"slot{part.slot}"
+        name = FileName.parse(f"{part.stem}_{identifier}.db")
+        assert name is not None
+        positions = list(part.region.positions.items())
+        series = tuple(self._index.number(name, raw) for raw, _ in positions)
+        layout_ = self._layouts.get(series, tuple(index for _, index in positions))
+        mode = name.mode.removeprefix("live")
+        view = part.region.view
+        return mode, layout_, layout_.pick(view), layout_.pick_times(view) if mode == "mostrecent" else None
+
+    def _degraded_elsewhere(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> int:
+        """Return how many workers of other processes live but write no files: theirs is all in memory.
+
+        A worker that has just claimed its slot gets some time to make them.
+        """
+        names = {name for name, _ in listing}
+        silent = set(snapshot.alive) - {part.slot for part in held}
+        silent = {
+            slot for slot in silent if layout.file_name(layout.stem_of(catalog.STORE_DEGRADED), slot) not in names
+        }
+        now = time.monotonic()
+        self._silent = {number: self._silent.get(number, now) for number in silent}
+        return sum(now - since >= _GRACE_SECONDS for since in self._silent.values())
 
     def _file(self, name: str, inode: int) -> StoreFile | None:
         file = self._files.get(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastapi_headroom.store import layout
 from fastapi_headroom.store.handles import Handle
+from fastapi_headroom.store.slot import has_name
 
 CAPACITY = 16 << 20
 """Bytes of address space of one file; what is not reserved takes no memory."""
@@ -27,11 +28,12 @@ class FullError(Exception):
 class Region:
     """Series in one mapping. Callers hold the writer's lock, save for the handles' own writes."""
 
-    __slots__ = ("_fd", "_map", "_reserved", "capacity", "handles", "positions", "used", "view")
+    __slots__ = ("_fd", "_map", "_path", "_reserved", "capacity", "handles", "positions", "used", "view")
 
     def __init__(self, mapping: mmap.mmap, fd: int | None, used: int, reserved: int) -> None:
         self._map = mapping
         self._fd = fd
+        self._path: Path | None = None
         self._reserved = reserved
         self.capacity = len(mapping)
         self.used = used
@@ -50,7 +52,14 @@ class Region:
 
         Raises OSError when there is no space or no right to write.
         """
-        unnamed = path.with_name(path.name + ".new")
+        region = cls.prepare(path, capacity, mode, entries)
+        region.publish()
+        return region
+
+    @classmethod
+    def prepare(cls, path: Path, capacity: int, mode: int, entries: Iterable[tuple[bytes, float]] = ()) -> Region:
+        """Make a new file that readers do not see before ``publish`` has given it its name."""
+        unnamed = _unnamed(path)
         unnamed.unlink(missing_ok=True)
         fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
@@ -60,12 +69,17 @@ class Region:
             region._map[layout.HEADER : region.used] = content
             region._map[0:4] = layout.used_header(region.used)
             region.positions = dict(layout.parse(memoryview(region._map), layout.HEADER, region.used))
-            unnamed.rename(path)
+            region._path = path
         except BaseException:
             os.close(fd)
             unnamed.unlink(missing_ok=True)
             raise
         return region
+
+    def publish(self) -> None:
+        """Give a prepared file its name. Raises OSError."""
+        assert self._path is not None
+        _unnamed(self._path).rename(self._path)
 
     @classmethod
     def open(cls, path: Path, capacity: int) -> Region:
@@ -84,7 +98,30 @@ class Region:
             os.close(fd)
             raise
         region.positions = positions
+        region._path = path
         return region
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the region maps a file, be it one that was deleted."""
+        return self._fd is not None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the region is a file that still has its name; False in memory and when somebody deleted it."""
+        return self._fd is not None and self._path is not None and has_name(self._fd, self._path)
+
+    def shares_file(self, other: Region) -> bool:
+        """Return whether both map the same file."""
+        if self._fd is None or other._fd is None:
+            return False
+        return os.path.samestat(os.fstat(self._fd), os.fstat(other._fd))
+
+    def close(self) -> None:
+        """Let go of the descriptor; the mapping goes with its last user."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     @classmethod
     def _map_file(cls, fd: int, capacity: int, used: int) -> Region:
@@ -128,9 +165,8 @@ class Region:
         mapping = _anonymous_map(self.capacity)
         if copy:
             mapping[0 : self.used] = self._map[0 : self.used]
-        if self._fd is not None:
-            os.close(self._fd)
-        self._map, self._fd, self._reserved = mapping, None, self.capacity
+        self.close()
+        self._map, self._reserved = mapping, self.capacity
         # The old mapping goes when its last user has let go of it; closing it here could fail a running write.
         self.view = memoryview(mapping).cast("d")
         for handle in self.handles:
@@ -139,6 +175,10 @@ class Region:
     def entries(self) -> list[tuple[bytes, float]]:
         """Return every key with its value."""
         return [(raw, self.view[index]) for raw, index in list(self.positions.items())]
+
+
+def _unnamed(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
 def _round_up(size: int) -> int:

@@ -36,6 +36,10 @@ _WHOLE_FILE_EXCLUSIVE = _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _WHOLE_FILE_SHARED = _flock.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
 
 
+class SlotTakenError(StoreError):
+    """The slot that a worker had, and lost with its lock file, has another owner."""
+
+
 def prepare_directory(directory: Path, *, group_readable: bool) -> None:
     """Make the directory of the store, readable by its owner, or by the group too.
 
@@ -82,19 +86,28 @@ class Slot:
     fingerprint: str
     owned_before: bool
 
+    path: Path
+
     @classmethod
-    def claim(cls, directory: Path, *, mode: int = 0o600) -> Slot:
-        """Take the lowest free slot. Raises StoreError when there is none or the directory cannot be used."""
-        for number in range(SLOTS):
+    def claim(cls, directory: Path, *, mode: int = 0o600, number: int | None = None) -> Slot:
+        """Take the lowest free slot, or none but ``number``.
+
+        Raises StoreError when there is none or the directory cannot be used.
+        """
+        wanted = range(SLOTS) if number is None else (number,)
+        for number in wanted:
+            path = directory / f"slot{number}.lock"
             try:
-                fd = _lock(directory / f"slot{number}.lock", mode)
+                fd = _lock(path, mode)
             except OSError as error:
                 raise StoreError(
                     f"the store's directory {directory} cannot hold locks: {error.strerror}; {REMEDY}"
                 ) from error
             if fd is not None:
                 record = _read_record(fd)
-                return cls(number, fd, str(record.get("fingerprint", "")), bool(record))
+                return cls(number, fd, str(record.get("fingerprint", "")), bool(record), path)
+        if len(wanted) == 1:
+            raise SlotTakenError(f"slot {wanted[0]} of {directory} has another owner by now; restart this worker")
         raise StoreError(f"all {SLOTS} slots of {directory} are taken; give each service a directory of its own")
 
     def record(self, fingerprint: str) -> None:
@@ -104,11 +117,34 @@ class Slot:
         os.pwrite(self.fd, text.ljust(_RECORD_SIZE).encode(), 0)
         self.fingerprint = fingerprint
 
+    def is_current(self) -> bool:
+        """Return whether the lock file is still there under its name: a lock on a deleted file guards nothing."""
+        return has_name(self.fd, self.path)
+
     def release(self) -> None:
         """Let go of the lock by closing its descriptor. In a forked child only the child's copy goes."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def fingerprint_in(path: Path) -> str:
+    """Return whose files a lock file says that its slot has, without locking it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return str(_read_record(fd).get("fingerprint", ""))
+    finally:
+        os.close(fd)
+
+
+def has_name(fd: int, path: Path) -> bool:
+    """Return whether a path leads to an open file; True as well when that cannot be told, for want of rights."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def is_held(fd: int) -> bool:

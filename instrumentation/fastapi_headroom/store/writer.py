@@ -16,12 +16,10 @@ from pathlib import Path
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
-from fastapi_headroom.errors import StoreError
-from fastapi_headroom.store import handles, layout
-from fastapi_headroom.store.carry import carry_over
+from fastapi_headroom.store import handles, layout, memory
 from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge
 from fastapi_headroom.store.region import CAPACITY, FullError, Region
-from fastapi_headroom.store.slot import Slot, prepare_directory
+from fastapi_headroom.store.slot_files import SlotFiles
 
 __all__ = ["OVERFLOW", "Counter", "Gauge", "Histogram", "Samples", "Writer", "redirect", "redirected", "watch_redirect"]
 
@@ -36,48 +34,43 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 class Writer:
     """One worker's series. ``worker`` is the slot number as text, for ``worker`` labels."""
 
-    def __init__(self, directory: Path | None, slot: Slot | None, *, group_readable: bool, max_series: int) -> None:
-        self.worker = str(slot.number) if slot else "0"
-        self.degraded = False
-        self._directory, self._slot = directory, slot
-        self._file_mode = 0o640 if group_readable else 0o600
+    def __init__(self, directory: Path | None, *, group_readable: bool, max_series: int) -> None:
         self._max_series = max_series
         self._capacity = max(CAPACITY, -(-max_series * _BYTES_PER_SERIES // CAPACITY) * CAPACITY)
         self._lock = threading.RLock()
-        self._regions: dict[str, Region] = {}
-        self._spares: dict[str, Region] = {}
         self._handles: dict[tuple[Metric, tuple[str, ...]], Handle] = {}
         self._overflow_logged = False
+        self._files = SlotFiles(directory, group_readable=group_readable, capacity=self._capacity)
+        self.worker = "0"
         _writers.add(self)
 
     @classmethod
     def open(cls, directory: Path, *, group_readable: bool = False, max_series: int = 20_000) -> Writer:
         """Claim the lowest free slot of a directory and go on from its counters.
 
-        When that cannot be, log why and what to do, and count in memory only.
+        When that cannot be, log why and what to do, and count in memory until ``tend`` finds that it can.
         """
         if _redirected is not None:
             return _redirected
-        slot = None
-        try:
-            prepare_directory(directory, group_readable=group_readable)
-            slot = Slot.claim(directory, mode=0o640 if group_readable else 0o600)
-            writer = cls(directory, slot, group_readable=group_readable, max_series=max_series)
-            writer._take_over(slot)
-        except (OSError, StoreError) as error:
-            if slot is not None:
-                slot.release()
-            writer = cls(directory, None, group_readable=group_readable, max_series=max_series)
-            writer._degrade(error)
+        writer = cls(directory, group_readable=group_readable, max_series=max_series)
+        writer._files.open()
+        slot = writer._files.slot
+        # Without a slot the label must not be that of another worker.
+        writer.worker = str(slot.number) if slot is not None else f"memory-{os.getpid()}"
         writer._make_own_series(restarted=slot is not None and slot.owned_before)
         return writer
 
     @classmethod
     def in_memory(cls, *, max_series: int = 20_000) -> Writer:
         """Make a writer without files, for tests and notebooks. Its worker is "0"."""
-        writer = cls(None, None, group_readable=False, max_series=max_series)
+        writer = cls(None, group_readable=False, max_series=max_series)
         writer._make_own_series(restarted=False)
         return writer
+
+    @property
+    def degraded(self) -> bool:
+        """Whether some of what is counted is in memory only."""
+        return self._files.degraded
 
     def counter(self, metric: Metric, *values: str) -> Counter:
         """Return the handle of a counter; its series exists from now on. ``values`` are in the order of the labels."""
@@ -100,25 +93,25 @@ class Writer:
     def samples(self) -> Samples:
         """Return what this worker wrote, as it would be scraped: (sample name, label pairs) to value."""
         samples: Samples = {}
-        for regions in (self._regions, self._spares):
-            for stem, region in list(regions.items()):
-                kind = "gauge" if stem.startswith("gauge") else "histogram" if stem == "histogram" else "counter"
-                samples.update(layout.expose(region.entries(), kind))
+        for stem, region in self._files.all():
+            kind = "gauge" if stem.startswith("gauge") else "histogram" if stem == "histogram" else "counter"
+            samples.update(layout.expose(region.entries(), kind))
         return samples
 
     def value(self, name: str, /, **labels: str) -> float:
         """Return the value of one sample. Raises KeyError when there is none."""
         return self.samples()[name, tuple(sorted(labels.items()))]
 
+    def tend(self) -> None:
+        """Move what waits in memory to files as soon as that can be. For a thread that may wait, once a second."""
+        if self._files.look_after():
+            with memory.moving(), self._lock:
+                self._files.tend()
+
     def close(self) -> None:
         """Release the slot; handles go on in anonymous memory. Idempotent."""
         with self._lock:
-            slot, directory = self._slot, self._directory
-            self._leave_files(copy=True)
-            if slot is not None and directory is not None:
-                # While the slot is still ours: a live gauge of nobody would stay in an app's own /metrics.
-                _remove_gauges(directory, slot.number)
-                slot.release()
+            self._files.close()
 
     # ------------------------------------------------------------------ making series
     def _make(self, metric: Metric, values: tuple[str, ...], kind: str) -> Handle:
@@ -145,21 +138,22 @@ class Writer:
         stem = layout.stem_of(metric)
         keys = layout.keys_of(metric, [layout.clean(value) for value in values])
         capped = capped and bool(values)
-        for region in (self._region(stem), self._spares.get(stem)):
+        files = self._files
+        for region in (files.region(stem), files.spares.get(stem)):
             if region is not None and keys[0] in region.positions:
                 return self._handle(metric, region, region.place(keys))
         if capped and self._series() + len(keys) > self._max_series:
             return None
         try:
-            region = self._region(stem)
+            region = files.region(stem)
             return self._handle(metric, region, region.place(keys))
         except FullError as error:
             if capped:
                 return None
-            self._degrade(error)
+            files.degrade(error)
         except OSError as error:
-            self._degrade(error)
-        spare = self._spares.setdefault(stem, Region.anonymous(self._capacity))
+            files.degrade(error)
+        spare = files.spare(stem)
         return self._handle(metric, spare, spare.place(keys))
 
     def _fold(self, metric: Metric, folded: tuple[str, ...]) -> Handle:
@@ -190,87 +184,23 @@ class Writer:
         return handle
 
     def _series(self) -> int:
-        return sum(len(region.positions) for region in (*self._regions.values(), *self._spares.values()))
-
-    def _region(self, stem: str) -> Region:
-        """Return the region of a file, made when it is first asked for. Without space it is one in memory."""
-        region = self._regions.get(stem)
-        if region is None:
-            region = self._regions[stem] = self._create(stem)
-        return region
-
-    def _create(self, stem: str) -> Region:
-        if self._directory is not None and self._slot is not None:
-            try:
-                path = self._directory / layout.file_name(stem, self._slot.number)
-                return Region.create(path, self._capacity, self._file_mode)
-            except OSError as error:
-                self._degrade(error)
-        return Region.anonymous(self._capacity)
-
-    # ------------------------------------------------------------------ slot and files
-    def _take_over(self, slot: Slot) -> None:
-        """Go on from the counters that the slot's last owner left; its gauges are gone with it."""
-        assert self._directory is not None
-        _remove_gauges(self._directory, slot.number)
-        fingerprint = layout.fingerprint(catalog.ALL)
-        for stem in ("counter", "histogram"):
-            path = self._directory / layout.file_name(stem, slot.number)
-            try:
-                region = Region.open(path, self._capacity)
-                if slot.fingerprint != fingerprint:
-                    kept = carry_over(region.entries(), stem, catalog.ALL)
-                    region = Region.create(path, self._capacity, self._file_mode, kept.items())
-            except FileNotFoundError:
-                continue
-            except (layout.TornFileError, FullError) as error:
-                aside = path.with_name(path.name + ".torn")
-                log.warning("fastapi-headroom: %s starts anew, the old file is kept as %s: %s", path, aside, error)
-                path.rename(aside)
-                continue
-            self._regions[stem] = region
-        slot.record(fingerprint)
+        return sum(len(region.positions) for _, region in self._files.all())
 
     def _make_own_series(self, *, restarted: bool) -> None:
         self.counter(catalog.LABEL_OVERFLOW)
-        self.gauge(catalog.STORE_DEGRADED).set(1.0 if self.degraded else 0.0)
+        gauge = self._files.degraded_gauge = self.gauge(catalog.STORE_DEGRADED)
+        gauge.set(float(self.degraded))
         restarts = self.counter(catalog.WORKER_RESTARTS)
         if restarted:
             restarts.inc()
 
-    def _degrade(self, error: Exception) -> None:
-        if self.degraded:
-            return
-        self.degraded = True
-        if isinstance(error, FullError):
-            reason = f"a file in {self._directory} is full; look for label values without bounds"
-        elif isinstance(error, OSError):
-            reason = f"{self._directory}: {error.strerror}; make room there and restart the worker"
-        else:
-            reason = str(error)
-        log.error(
-            "fastapi-headroom: the app goes on, but what is counted in memory is missing from scrapes: %s", reason
-        )
-        degraded = self._handles.get((catalog.STORE_DEGRADED, ()))
-        if isinstance(degraded, Gauge):
-            degraded.set(1.0)
-
-    def _leave_files(self, *, copy: bool) -> None:
-        for region in self._regions.values():
-            region.detach(copy=copy)
-        self._directory, self._slot = None, None
-
     def _after_fork_in_child(self) -> None:
         """Keep nothing of the parent's: neither its lock, which would outlive it, nor its files."""
         self._lock = threading.RLock()  # another thread of the parent may have held it
-        if self._slot is not None:
-            self._slot.release()
-            self._leave_files(copy=False)
-
-
-def _remove_gauges(directory: Path, slot: int) -> None:
-    for mode in layout.GAUGE_MODES:
-        (directory / layout.file_name(f"gauge_{mode}", slot)).unlink(missing_ok=True)
+        if self._files.directory is not None:
+            if self._files.slot is not None:
+                self._files.slot.release()
+            self._files.leave(copy=False)
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
@@ -308,6 +238,7 @@ def watch_redirect(watcher: Callable[[], None]) -> Callable[[], None]:
 
 def _after_fork_in_child() -> None:
     handles.renew_lock()
+    memory.renew_lock()
     for writer in list(_writers):
         writer._after_fork_in_child()
 
