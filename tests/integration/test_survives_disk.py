@@ -116,6 +116,26 @@ def test_a_read_only_directory_is_used_once_it_may_be_written(tmp_path: Path) ->
                 assert seen.total("headroom_workers", state="alive") == 1
 
 
+def test_where_no_directory_can_be_used_a_worker_exports_what_it_has(tmp_path: Path) -> None:
+    """On a read-only disk without a sidecar /metrics shows one worker and that it is degraded; later it shows all."""
+    port = free_port()
+    metrics = f"http://127.0.0.1:{port}"
+    with disk(tmp_path, "8m") as made:
+        store = made.path / "store"
+        store.mkdir(mode=0o700)
+        made.remount("ro")
+        env = {"HEADROOM_DIRECTORY": str(store), "HEADROOM_PORT": str(port)}
+        with serve("gunicorn", APP, workers=2, env=env) as server:
+            for _ in range(30):
+                server.get("/ping")
+            seen = scrape_until(metrics, lambda s: s.total("headroom_store_degraded") == 1)
+            assert seen.total("headroom_workers", state="alive") == 0
+            made.remount("rw")
+            seen = scrape_until(metrics, lambda s: s.total("headroom_workers", state="alive") == 2)
+            seen = scrape_until(metrics, lambda s: s.total(OK, http_route="/ping") == 30)
+            assert seen.total("headroom_store_degraded") == 0
+
+
 def test_a_directory_deleted_under_running_workers_comes_back_with_their_counts() -> None:
     """Two workers make it again in their slots, and after it every answer since the start is counted once."""
     with serve("gunicorn", APP, workers=2) as server, sidecar(server.directory) as url:

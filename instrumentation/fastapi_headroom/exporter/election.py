@@ -17,6 +17,7 @@ from fastapi_headroom.errors import HeadroomError
 from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, FileLock, is_held, provide
 from fastapi_headroom.exporter.service import Exporter
 from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.reader import held_here
 
 log = logging.getLogger("fastapi_headroom")
 
@@ -89,18 +90,28 @@ class Election:
         if self._exporter is not None and not self._exporter.alive:
             log.warning("fastapi-headroom: the exporter ended unexpectedly and is started anew")
             self._step_down()
+        if self._exporter is not None and self._lock is None and not self._may_serve():
+            self._step_down()  # the directory can be used again, and another worker was elected there
         if self._exporter is None and time.monotonic() >= self._port_retry_at:
             self._try_to_serve()
 
+    def _may_serve(self) -> bool:
+        """Take the lock and return whether this worker may export.
+
+        Where the directory cannot be used nobody can be elected: who gets the port exports what it has in memory.
+        """
+        if self._lock is None:
+            try:
+                self._lock = FileLock.acquire(self._directory / EXPORTER_LOCK, mode=self._mode)
+                provide(self._directory / SIDECAR_LOCK, mode=self._mode)
+            except OSError as error:
+                log.debug("fastapi-headroom: no election in %s: %s", self._directory, error)
+                return self._lock is not None or held_here(self._directory)
+        return self._lock is not None
+
     def _try_to_serve(self) -> None:
         with _no_fork:
-            if self._lock is None:
-                try:
-                    self._lock = FileLock.acquire(self._directory / EXPORTER_LOCK, mode=self._mode)
-                    provide(self._directory / SIDECAR_LOCK, mode=self._mode)
-                except OSError as error:
-                    log.debug("fastapi-headroom: no election in %s: %s", self._directory, error)
-            if self._lock is None:
+            if not self._may_serve():
                 return
             try:
                 exporter = Exporter(self._settings)
