@@ -97,6 +97,12 @@ class Writer:
         assert isinstance(handle, Histogram)
         return handle
 
+    def summary(self, metric: Metric, *values: str) -> Histogram:
+        """Return the handle of a summary, a histogram with one bucket that is not shown."""
+        handle = self._handles.get((metric, values)) or self._make(metric, values, "summary")
+        assert isinstance(handle, Histogram)
+        return handle
+
     def samples(self) -> Samples:
         """Return what this worker wrote, as it would be scraped: (sample name, label pairs) to value."""
         samples: Samples = {}
@@ -178,11 +184,11 @@ class Writer:
 
     def _handle(self, metric: Metric, region: Region, indexes: list[int]) -> Handle:
         handle: Handle
-        if metric.kind == "histogram":
+        if metric.kind in ("histogram", "summary"):
             handle = _HISTOGRAM(region.view, indexes[0], tuple(indexes[1:]), metric.buckets)
         elif metric.kind == "counter":
             handle = _COUNTER(region.view, indexes[0])
-        elif metric.mode == "livemostrecent":
+        elif metric.mode.endswith("mostrecent"):
             handle = RecentGauge(region.view, indexes[0])
         else:
             handle = _GAUGE(region.view, indexes[0])
@@ -214,7 +220,7 @@ class Writer:
         assert self._directory is not None
         _remove_gauges(self._directory, slot.number)
         fingerprint = layout.fingerprint(catalog.ALL)
-        for stem in ("counter", "histogram"):
+        for stem in ("counter", "histogram", "summary"):
             path = self._directory / layout.file_name(stem, slot.number)
             try:
                 region = Region.open(path, self._capacity)
