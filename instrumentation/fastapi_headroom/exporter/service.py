@@ -9,6 +9,7 @@ from fastapi_headroom.exporter.pollers import PolledQueue
 from fastapi_headroom.exporter.scrape import Scraper
 from fastapi_headroom.exporter.server import MetricsServer
 from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.exemplars import ExemplarReader
 from fastapi_headroom.store.reader import Reader
 
 
@@ -23,7 +24,7 @@ class Exporter:
         self._queues = [PolledQueue(url) for url in settings.queues]
         self._reader = Reader(directory)
         collector = Collector(self._reader, expected_workers=settings.expected_workers, queues=self._queues)
-        self._scraper = Scraper(collector)
+        self._scraper = Scraper(collector, ExemplarReader(directory))
         self._server = MetricsServer(settings.host, settings.port, self._scraper, directory)
 
     @property

@@ -96,6 +96,11 @@ class Region:
         _reserve(fd, 0, reserved)
         return cls(mmap.mmap(fd, capacity), fd, used, reserved)
 
+    @property
+    def in_file(self) -> bool:
+        """Whether a file backs it."""
+        return self._fd is not None
+
     def place(self, keys: list[bytes]) -> list[int]:
         """Return the indexes of the values of some keys; those that are missing are made together, at 0.
 

@@ -11,13 +11,14 @@ import logging
 import os
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import StoreError
-from fastapi_headroom.store import handles, layout
+from fastapi_headroom.store import exemplars, handles, layout
 from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge
 from fastapi_headroom.store.region import CAPACITY, FullError, Region
@@ -48,6 +49,7 @@ class Writer:
         self._spares: dict[str, Region] = {}
         self._handles: dict[tuple[Metric, tuple[str, ...]], Handle] = {}
         self._overflow_logged = False
+        self._ring: exemplars.Ring | None = None
         _writers.add(self)
 
     @classmethod
@@ -102,6 +104,15 @@ class Writer:
         handle = self._handles.get((metric, values)) or self._make(metric, values, "summary")
         assert isinstance(handle, Histogram)
         return handle
+
+    def exemplar(self, histogram: Histogram, value: float, trace_id: int, span_id: int) -> None:
+        """Keep a trace as the example of the bucket that an observed value fell into. Nothing without files."""
+        region = self._regions.get("histogram")
+        if region is None or self._slot is None or not region.in_file or histogram.view is not region.view:
+            return
+        ring = self._ring or self._make_ring(self._slot)
+        if ring is not None:
+            ring.write(histogram.cells[bisect_left(histogram.bounds, value)], value, trace_id, span_id)
 
     def samples(self) -> Samples:
         """Return what this worker wrote, as it would be scraped: (sample name, label pairs) to value."""
@@ -214,11 +225,20 @@ class Writer:
                 self._degrade(error)
         return Region.anonymous(self._capacity)
 
+    def _make_ring(self, slot: Slot) -> exemplars.Ring | None:
+        assert self._directory is not None
+        try:
+            self._ring = exemplars.Ring(self._directory / exemplars.file_name(slot.number), self._file_mode)
+        except OSError as error:
+            self._degrade(error)
+        return self._ring
+
     # ------------------------------------------------------------------ slot and files
     def _take_over(self, slot: Slot) -> None:
         """Go on from the counters that the slot's last owner left; its gauges are gone with it."""
         assert self._directory is not None
         _remove_gauges(self._directory, slot.number)
+        (self._directory / exemplars.file_name(slot.number)).unlink(missing_ok=True)
         fingerprint = layout.fingerprint(catalog.ALL)
         for stem in ("counter", "histogram", "summary"):
             path = self._directory / layout.file_name(stem, slot.number)
@@ -265,6 +285,9 @@ class Writer:
         for region in self._regions.values():
             region.detach(copy=copy)
         self._directory, self._slot = None, None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def _after_fork_in_child(self) -> None:
         """Keep nothing of the parent's: neither its lock, which would outlive it, nor its files."""
