@@ -228,7 +228,8 @@ class Runtime:
     def _where(self, writer: Writer) -> str:
         text = f"worker {writer.worker} writes to {self.settings.store_directory}"
         if self.settings.exporter:
-            text += f", /metrics on http://{self.settings.host}:{self.settings.port}"
+            scheme = "https" if self.settings.exporter_certificate_file else "http"
+            text += f", /metrics on {scheme}://{self.settings.host}:{self.settings.port}"
             if self.settings.host in ("127.0.0.1", "localhost") and Path("/.dockerenv").exists():
                 text += " (inside this container only: set HEADROOM_HOST=0.0.0.0 to be scraped from outside)"
         return text
