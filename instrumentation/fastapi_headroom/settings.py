@@ -118,6 +118,8 @@ def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings
         name = key.removeprefix(PREFIX).lower()
         if name not in Settings.model_fields:
             log.warning("fastapi-headroom: unknown variable %s is ignored%s", key, _suggest(name, PREFIX, upper=True))
+        elif name == "directory" and not text:
+            continue  # as compose files leave what is unset; it would be the working directory
         elif (problem := _problem(name, text)) is not None:
             log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, text, problem)
         else:

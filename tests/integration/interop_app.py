@@ -6,8 +6,20 @@ import os
 from collections.abc import Iterable
 
 from fastapi import FastAPI
-from prometheus_client import REGISTRY, Counter, Enum, Gauge, Histogram, Info, Summary
+from fastapi.responses import PlainTextResponse
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Enum,
+    Gauge,
+    Histogram,
+    Info,
+    Summary,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import fastapi_headroom as headroom
 
@@ -44,7 +56,7 @@ REGISTRY.register(stock)
 
 @app.get("/order/{amount}")
 async def order(amount: float) -> int:
-    """Write every metric; gauges by the worker that serves: 1 for the one that called first, and so on."""
+    """Write every metric but the gauges; return which worker did."""
     orders.labels(kind="retail").inc()
     basket.observe(amount)
     checkout.observe(0.5)
@@ -66,6 +78,14 @@ async def break_collector() -> int:
     """Make the collector raise from now on."""
     stock.broken = True
     return os.getpid()
+
+
+@app.get("/own-metrics", response_class=PlainTextResponse)
+async def own_metrics() -> bytes:
+    """Serve PROMETHEUS_MULTIPROC_DIR as prometheus_client's documentation shows it."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
 
 
 headroom.init(app)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from demo_app.stack.process import free_port, wait_until
+from tests.exporter.support import serving_sidecar
 from tests.support.scrape import Scrape, scrape_until
 from tests.support.serving import Serving, serve
 
@@ -112,6 +115,11 @@ def test_multiprocess_metrics_of_two_workers_are_in_the_scrape(kind: str, tmp_pa
         assert seen.total("shop_livemostrecent") == 7
         assert {str(first), str(second)} <= seen.values("shop_all", "pid")
 
+        own = Scrape(server.get("/own-metrics"))  # what an app that serves the directory itself has had all along
+        assert own.total("shop_orders_total", kind="retail") == orders
+        assert own.total("headroom_requests_total", http_route="/order/{amount}", outcome="ok") == orders
+        assert own.total("http_server_request_duration_seconds_count", http_route="/order/{amount}") == orders
+
 
 def test_a_killed_workers_counts_stay_and_its_successor_goes_on() -> None:
     """Counts of the app's own metrics survive kill -9 of their worker, save for what it had since the last look."""
@@ -161,3 +169,28 @@ def test_a_collector_that_raises_is_named_and_harms_nothing() -> None:
         scrape_until(url, lambda s: is_in_all(s, 2))
         assert seen.total("headroom_probe_up", probe="registry") == 1
         assert server.log().count("collector Stock failed (RuntimeError: the warehouse does not answer)") == 1
+
+
+def test_two_apps_on_one_host_do_not_mix() -> None:
+    """Each service has a directory of its own by default; the second one on a port names the remedy and serves on."""
+    port, names = free_port(), [f"interop-{os.getpid()}-{name}" for name in ("a", "b")]
+    stores = [Path("/dev/shm") / f"headroom-{os.getuid()}-{name}" for name in names]
+    env = {"HEADROOM_PORT": str(port), "HEADROOM_DIRECTORY": "", "HEADROOM_SERVICE_NAME": names[0]}
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with ExitStack() as stack:
+            first = stack.enter_context(serve("uvicorn", APP, env=env))
+            first.get("/order/50")
+            scrape_until(url, lambda s: is_in_all(s, 1))
+            second = stack.enter_context(serve("uvicorn", APP, env=env | {"HEADROOM_SERVICE_NAME": names[1]}))
+            second.get("/order/50")
+            second.get("/order/50")
+            wait_until(lambda: f"port 127.0.0.1:{port} is in use" in second.log(), 10, "the line about the port")
+            assert "HEADROOM_PORT" in second.log()
+            assert is_in_all(scrape_until(url, lambda s: is_in_all(s, 1)), 1)
+            other = free_port()
+            with serving_sidecar(stores[1], other):
+                scrape_until(f"http://127.0.0.1:{other}", lambda s: is_in_all(s, 2))
+    finally:
+        for store in stores:
+            shutil.rmtree(store, ignore_errors=True)
