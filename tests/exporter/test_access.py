@@ -28,6 +28,7 @@ from fastapi_headroom.exporter.service import Exporter
 from fastapi_headroom.store.writer import Writer
 from tests.exporter.certificates import Pair, make_pair
 from tests.exporter.support import eventually, get, half_open, sidecar, worker
+from tests.support.serving import serve
 
 TOKEN = "7f3c-a secret-of-the-scrapers"
 Start = Callable[..., Exporter]
@@ -71,12 +72,17 @@ def port_of(exporter: Exporter) -> int:
     return port
 
 
-def get_over_tls(exporter: Exporter, pair: Pair, path: str = "/metrics", **headers: str) -> tuple[int, str]:
-    """Ask once, trusting that certificate alone."""
+def get_over_tls(exporter: Exporter, pair: Pair, **headers: str) -> tuple[int, str]:
+    """Ask an exporter once, trusting that certificate alone."""
+    return ask(port_of(exporter), pair, **headers)
+
+
+def ask(port: int, pair: Pair, **headers: str) -> tuple[int, str]:
+    """Ask whoever listens there for metrics, trusting that certificate alone."""
     context = ssl.create_default_context(cafile=str(pair.certificate))
-    connection = http.client.HTTPSConnection("127.0.0.1", port_of(exporter), timeout=5, context=context)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
     with contextlib.closing(connection):
-        connection.request("GET", path, headers=headers)
+        connection.request("GET", "/metrics", headers=headers)
         response = connection.getresponse()
         return response.status, response.read().decode()
 
@@ -307,3 +313,20 @@ def test_prometheus_scrapes_with_token_and_tls(tmp_path: Path, pair: Pair, token
         assert (series["metric"]["job"], series["value"][1]) == ("app", "3")
         assert f"metrics at https://127.0.0.1:{port}/metrics" in child.log()
         assert TOKEN not in child.log()
+
+
+def test_an_elected_worker_asks_for_them_too(tmp_path: Path, pair: Pair, token_file: Path) -> None:
+    """Without a sidecar the worker that exports speaks TLS and wants the token, as the variables say."""
+    port = free_port()
+    env = {
+        "HEADROOM_PORT": str(port),
+        "HEADROOM_EXPORTER_TOKEN_FILE": str(token_file),
+        "HEADROOM_EXPORTER_CERTIFICATE_FILE": str(pair.certificate),
+        "HEADROOM_EXPORTER_KEY_FILE": str(pair.key),
+    }
+    with serve("uvicorn", "tests.support.app:app", env=env) as server:
+        server.get("/ping")
+        eventually(lambda: accepts(port), "the exporter")
+        assert ask(port, pair)[0] == 401
+        status, body = ask(port, pair, Authorization=f"Bearer {TOKEN}")
+        assert (status, 'http_route="/ping",outcome="ok"} 1.0' in body) == (200, True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from fastapi_headroom import settings
@@ -247,3 +253,43 @@ def test_a_registry_of_a_thousand_samples_takes_milliseconds(register: Any, snap
         took.append(time.thread_time() - began)
     assert min(took) < 0.02, took
     print(f"{min(took) * 1000:.2f} ms")
+
+
+_numbers = itertools.count()
+_amounts = st.floats(min_value=0, max_value=1e12, allow_nan=False)
+_texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+
+
+@settings_of_hypothesis(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([Counter, Gauge, Histogram, Summary]),
+    looks=st.lists(st.lists(st.tuples(_texts, _texts, _amounts), max_size=6), min_size=1, max_size=4),
+)
+def test_a_scrape_says_what_prometheus_client_says(kind: type[Any], looks: list[list[tuple[str, str, float]]]) -> None:
+    """For one process the scrape equals the registry's own samples, whatever is written between the looks."""
+    name = f"t_{next(_numbers)}"
+    metric = kind(name, 'A "help" text.\n', ["z", "a"])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made = Snapshot(Path(folder))
+            for writes in looks:
+                for first, second, amount in writes:
+                    child = metric.labels(first, second)
+                    write = child.inc if kind is Counter else child.set if kind is Gauge else child.observe
+                    write(amount)
+                made.look()
+            expected = {
+                (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+                for family in metric.collect()
+                for sample in family.samples
+                if not sample.name.endswith("_created")
+            }
+            found = {
+                key: value for key, value in Reader(Path(folder)).read().values().items() if key[0].startswith(name)
+            }
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert math.isclose(found[key], value, rel_tol=1e-9, abs_tol=1e-3), key  # sums of differences
+            made.close()
+    finally:
+        REGISTRY.unregister(metric)
