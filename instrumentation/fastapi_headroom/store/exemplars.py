@@ -89,11 +89,12 @@ class ExemplarReader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._buckets: dict[int, tuple[tuple[int, int], dict[int, _Bucket]]] = {}
+        self._buckets: dict[int, tuple[tuple[int, int], dict[int, int]]] = {}
+        self._numbers: dict[_Bucket, int] = {}
 
     def read(self) -> Exemplars:
         """Read what is there; what cannot be read is left out. Never raises OSError."""
-        latest: dict[_Bucket, Exemplar] = {}
+        latest: dict[int, _Found] = {}
         try:
             names = [path.name for path in self._directory.iterdir()]
         except OSError:
@@ -107,39 +108,49 @@ class ExemplarReader:
             except (OSError, layout.TornFileError):
                 continue
         families: Exemplars = {}
-        for (family, name, labels), exemplar in latest.items():
-            families.setdefault(family, {})[name, labels] = exemplar
+        buckets = list(self._numbers) if latest else []
+        for number, (_, value, when, trace_id, span_id, _) in latest.items():
+            family, name, labels = buckets[number]
+            families.setdefault(family, {})[name, labels] = Exemplar(value, when, trace_id.hex(), span_id.hex())
         return families
 
-    def _read_slot(self, slot: int, latest: dict[_Bucket, Exemplar]) -> None:
+    def _read_slot(self, slot: int, latest: dict[int, _Found]) -> None:
         content = _read_file(self._directory / file_name(slot), RECORDS * _RECORD.size)
-        records = list(_RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size]))
-        if not records:
+        if len(content) < _RECORD.size:
             return
         buckets = self._buckets_of(slot)
-        for *fields, checksum in records:
-            index, value, when, trace_id, span_id = fields
-            bucket = buckets.get(index)
-            if bucket is None or checksum != _checksum((index, value, when, trace_id, span_id)):
-                continue
-            known = latest.get(bucket)
-            if known is None or known.time < when:
-                latest[bucket] = Exemplar(value, when, trace_id.hex(), span_id.hex())
+        found: _Found
+        for found in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size]):
+            bucket = buckets.get(found[0])
+            if bucket is not None:
+                known = latest.get(bucket)
+                if (known is None or known[2] < found[2]) and found[5] == _checksum(found[:5]):
+                    latest[bucket] = found
 
-    def _buckets_of(self, slot: int) -> dict[int, _Bucket]:
-        """Return which bucket each index of a slot's histograms stands for; parsed anew when the file has grown."""
+    def _buckets_of(self, slot: int) -> dict[int, int]:
+        """Return the number of the bucket that each index of a slot's histograms stands for.
+
+        The file is parsed anew when it has grown or was replaced.
+        """
         path = self._directory / layout.file_name("histogram", slot)
         status = path.stat()
         used = layout.read_used(_read_file(path, layout.HEADER))
         known = self._buckets.get(slot)
         if known is None or known[0] != (status.st_ino, used):
             entries = layout.parse(_read_file(path, used), layout.HEADER, used)
-            buckets = {index: bucket for raw, index in entries if (bucket := _bucket(raw)) is not None}
+            numbers = self._numbers
+            buckets = {
+                index: numbers.setdefault(bucket, len(numbers))
+                for raw, index in entries
+                if (bucket := _bucket(raw)) is not None
+            }
             known = self._buckets[slot] = ((status.st_ino, used), buckets)
         return known[1]
 
 
 _Bucket = tuple[str, str, Labels]
+_Found = tuple[int, float, float, bytes, bytes, int]
+"""Index, value, time, trace, span and checksum."""
 
 
 def _bucket(raw: bytes) -> _Bucket | None:
