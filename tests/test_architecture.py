@@ -23,7 +23,8 @@ ARROWS: dict[str, set[str]] = {
     "probes": {"catalog", "errors", "settings", "thresholds", "ledger", "driver", "tracing", "store.writer"},
     "advice": {"catalog", "thresholds"},
     "exporter": {
-        "catalog", "thresholds", "errors", "settings", "advice", "store.reader", "store.slot", "store.layout",
+        "catalog", "thresholds", "errors", "settings", "advice", "store.reader", "store.exemplars", "store.slot",
+        "store.layout",
         "probes.queue_adapters",
     },
     "pack": {"catalog", "thresholds", "errors"},

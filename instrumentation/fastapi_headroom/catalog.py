@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["counter", "gauge", "histogram"]
-Stem = Literal["request", "pool", "cache", "loop", "queue", "runtime", "self"]
-Mode = Literal["livesum", "livemax", "livemin", "livemostrecent"]
+Kind = Literal["counter", "gauge", "histogram", "summary"]
+# Rows of kind "summary" and stem "user" are made at run time, for metrics that the app makes with prometheus_client.
+Stem = Literal["request", "pool", "cache", "loop", "queue", "runtime", "self", "user"]
+Mode = Literal["all", "liveall", "sum", "livesum", "max", "livemax", "min", "livemin", "mostrecent", "livemostrecent"]
 
 H14 = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 """Bounds for requests and jobs, in seconds (OpenTelemetry's advice for HTTP durations)."""

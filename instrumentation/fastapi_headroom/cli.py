@@ -44,6 +44,27 @@ def _parser() -> argparse.ArgumentParser:
         help="queue to poll, such as celery+redis://localhost:6379/0?queues=mail; repeatable (HEADROOM_QUEUES)",
     )
     sidecar.add_argument(
+        "--token-file",
+        dest="exporter_token_file",
+        type=Path,
+        metavar="FILE",
+        help="file with the bearer token that scrapers must show (HEADROOM_EXPORTER_TOKEN_FILE)",
+    )
+    sidecar.add_argument(
+        "--certificate-file",
+        dest="exporter_certificate_file",
+        type=Path,
+        metavar="FILE",
+        help="PEM certificate, to serve over TLS (HEADROOM_EXPORTER_CERTIFICATE_FILE)",
+    )
+    sidecar.add_argument(
+        "--key-file",
+        dest="exporter_key_file",
+        type=Path,
+        metavar="FILE",
+        help="PEM key of the certificate (HEADROOM_EXPORTER_KEY_FILE, the certificate's file)",
+    )
+    sidecar.add_argument(
         "--service", dest="service_name", metavar="NAME", help="service whose default directory is meant"
     )
     sidecar.set_defaults(run=_sidecar)
@@ -62,7 +83,16 @@ def _parser() -> argparse.ArgumentParser:
 def _sidecar(options: argparse.Namespace) -> int:
     from fastapi_headroom.exporter import sidecar
 
-    names = ("directory", "host", "port", "queues", "service_name")
+    names = (
+        "directory",
+        "host",
+        "port",
+        "queues",
+        "service_name",
+        "exporter_token_file",
+        "exporter_certificate_file",
+        "exporter_key_file",
+    )
     given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
     return sidecar.run(settings.load(**given))
 

@@ -79,7 +79,7 @@ class Ledger:
         self.prefix = ""
         self.queries = 0
         self.cache_calls = 0
-        self.trace: object | None = None
+        self.trace: tuple[int, int] | None = None
         self.started = perf_counter() if started is None else started
         """When the app was called."""
         self.mark = self.started

@@ -40,12 +40,20 @@ class Settings(BaseSettings):
     """Directory of the store; default: PROMETHEUS_MULTIPROC_DIR, else one in memory per user and service."""
     group_readable: bool = False
     """Let the directory's group read it (0750 instead of 0700), for a sidecar of another user."""
+    prometheus_registry: bool = True
+    """Export what the app registers in prometheus_client's default registry beside our metrics."""
     exporter: bool = True
     """Let one elected worker serve /metrics while no sidecar runs."""
     host: str = "127.0.0.1"
     """Address that the exporter listens on."""
     port: int = Field(default=9464, ge=0, le=65535)
     """Port that the exporter listens on."""
+    exporter_token_file: Path | None = None
+    """File with a bearer token that scrapers must show. Read again when it changes."""
+    exporter_certificate_file: Path | None = None
+    """PEM file with the exporter's certificate, and its chain: the exporter then speaks TLS only."""
+    exporter_key_file: Path | None = None
+    """PEM file with the certificate's private key; default: it is in the certificate's file."""
     disable: Words = ()
     """Probes to leave off: any of request, pool, cache, loop, queue, runtime."""
     excluded_paths: Words = ()
@@ -110,6 +118,8 @@ def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings
         name = key.removeprefix(PREFIX).lower()
         if name not in Settings.model_fields:
             log.warning("fastapi-headroom: unknown variable %s is ignored%s", key, _suggest(name, PREFIX, upper=True))
+        elif name == "directory" and not text:
+            continue  # as compose files leave what is unset; it would be the working directory
         elif (problem := _problem(name, text)) is not None:
             log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, text, problem)
         else:
@@ -139,6 +149,13 @@ def _standard_variables(env: Mapping[str, str]) -> dict[str, Any]:
     if env.get("WEB_CONCURRENCY", "").isdigit():
         values["expected_workers"] = max(1, int(env["WEB_CONCURRENCY"]))
     return values
+
+
+def multiprocess_directory(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return the directory that prometheus_client writes to in its multiprocess mode, None when that is off."""
+    env = os.environ if environ is None else environ
+    named = env.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(named) if named else None
 
 
 def otlp_requested(environ: Mapping[str, str] | None = None) -> bool:

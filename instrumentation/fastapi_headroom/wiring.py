@@ -22,6 +22,7 @@ from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.probes.queue import QueueProbe
+from fastapi_headroom.probes.registry import RegistrySnapshot
 from fastapi_headroom.probes.request import RequestProbe
 from fastapi_headroom.probes.runtime import RuntimeProbe
 from fastapi_headroom.settings import Settings
@@ -137,16 +138,18 @@ class Runtime:
         self.handles: dict[int, Handle] = {}
         self.writer: Writer | None = None
         self.tracing = Tracing(settings)
-        self.request = RequestProbe(settings, on_first_serve=self.first_serve, on_lifespan_end=self.tracing.flush)
+        self.request = RequestProbe(settings, on_first_serve=self.first_serve, on_lifespan_end=self._flush)
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
         self.cache = CacheProbe(settings)
+        self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
             self.pool,
             self.cache,
             LoopProbe(settings),
             QueueProbe(settings),
             RuntimeProbe(settings),
+            self.registry,
         )
         self.probes: tuple[Probe, ...] = tuple(p for p in (self.request, *others) if p.name not in settings.disable)
         self._election: Election | None = None
@@ -225,7 +228,8 @@ class Runtime:
     def _where(self, writer: Writer) -> str:
         text = f"worker {writer.worker} writes to {self.settings.store_directory}"
         if self.settings.exporter:
-            text += f", /metrics on http://{self.settings.host}:{self.settings.port}"
+            scheme = "https" if self.settings.exporter_certificate_file else "http"
+            text += f", /metrics on {scheme}://{self.settings.host}:{self.settings.port}"
             if self.settings.host in ("127.0.0.1", "localhost") and Path("/.dockerenv").exists():
                 text += " (inside this container only: set HEADROOM_HOST=0.0.0.0 to be scraped from outside)"
         return text
@@ -254,6 +258,11 @@ class Runtime:
                 writer.tend()
         except Exception:
             log.debug("fastapi-headroom: the store could not be tended", exc_info=True)
+
+    def _flush(self) -> None:
+        """Hand over what is collected at intervals: the process may end now."""
+        self.registry.flush()
+        self.tracing.flush()
 
     def stop(self) -> None:
         """Undo all that ``first_serve`` did."""

@@ -249,3 +249,21 @@ def test_it_listens_on_ipv6(reader: CountingReader) -> None:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
     running.stop()
+
+
+def test_two_hundred_scrapes_at_once(server: MetricsServer, reader: CountingReader) -> None:
+    """Of 200 scrapers that connect in the same moment each gets a whole body, and the store is read a few times."""
+    reader.seconds = 0.05
+    began = time.monotonic()
+    with ThreadPoolExecutor(200) as pool:
+        gate = threading.Barrier(200)
+
+        def scrape(_: int) -> bytes:
+            gate.wait(10)
+            return get(server.port, timeout=20.0).body
+
+        bodies = list(pool.map(scrape, range(200)))
+    assert all(b"headroom_requests_total{" in body for body in bodies)
+    assert reader.reads <= 40
+    assert time.monotonic() - began < 10
+    eventually(lambda: threads() == 0, "the end of the connections")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from fastapi_headroom import catalog, settings
 from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, is_held
 from fastapi_headroom.store.writer import Writer
-from tests.exporter.support import Child, eventually, get, serving_sidecar, sidecar, worker
+from tests.exporter.support import Child, eventually, get, half_open, serving_sidecar, sidecar, worker
 
 COUNTED = 'headroom_requests_total{http_route="/orders/{id}",outcome="ok"}'
 
@@ -164,18 +167,22 @@ def test_a_directory_of_somebody_else_is_one_line(visible: Path) -> None:
 def test_a_sidecar_of_another_user_needs_the_groups_right_only(visible: Path) -> None:
     """With the group setting a sidecar in the directory's group takes over though it can write nothing there."""
     store, port = visible / "store", free_port()
-    store.mkdir()
-    os.chown(store, 0, 65534)
-    store.chmod(0o2750)
+    os.chown(visible, 0, 65534)
+    visible.chmod(0o2755)  # as a volume with a group of its own is
+    writer = Writer.open(store, group_readable=True)
     election = Election(settings.load({}, directory=store, port=port, group_readable=True))
     election.start()
     eventually(lambda: election.url is not None, "the election")
-    writer = Writer.open(store, group_readable=True)
     writer.counter(catalog.REQUESTS, "/orders/{id}", "ok").inc(3)
+    latency = writer.histogram(catalog.REQUEST_LATENCY, "/orders/{id}")
+    latency.observe(0.2)
+    writer.exemplar(latency, 0.2, 6, 7)
     with Child(["-c", STRANGER, str(store), str(port)]):
         assert election.url is None
         assert is_held(store / SIDECAR_LOCK)
         assert sample(port, COUNTED) == 3.0
+        assert 'span_id="0000000000000007"' in get(port, Accept="application/openmetrics-text").text
+    assert store.stat().st_mode & 0o7777 == 0o2750
     election.stop()
     writer.close()
 
@@ -208,6 +215,32 @@ def test_it_polls_the_queues_that_it_is_given(tmp_path: Path) -> None:
             assert sample(port, 'headroom_remaining_ratio{name="mail",resource="queue"}') is not None
             assert "http_server" not in get(port).text
     assert not (tmp_path / "store" / EXPORTER_LOCK).exists()
+
+
+def test_bad_company_all_at_once_costs_a_sidecar_little(tmp_path: Path) -> None:
+    """Silent, huge, endless and broken requests by the hundred, and 200 scrapes: all answered, in bounded memory."""
+    port = free_port()
+    with worker(tmp_path), serving_sidecar(tmp_path, port) as child:
+        sample(port, COUNTED)
+        before = _memory(child.pid)
+        bad = (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\n" + b"X-A: b\r\n" * 10_000, b"GET /" + b"a" * 1_000_000)
+        company = []
+        for number in range(200):
+            connection = half_open(port)
+            company.append(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(bad[number % len(bad)])
+        with ThreadPoolExecutor(50) as pool:
+            assert list(pool.map(lambda _: sample(port, COUNTED), range(200))) == [3.0] * 200
+        for connection in company:
+            connection.close()
+        assert _memory(child.pid) - before < 32 << 20
+        assert "Traceback" not in child.log()
+
+
+def _memory(pid: int) -> int:
+    """Return a process' resident memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _sample_or_none(port: int, series: str) -> float | None:

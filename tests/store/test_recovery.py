@@ -145,7 +145,7 @@ def test_space_that_comes_back_brings_the_counts_to_the_files(tmp_path: Path, di
     for number in range(1_000):
         writer.counter(catalog.REQUESTS, f"/{number}", "ok").inc()
         writer.histogram(catalog.LOOP_HOLD, f"/{number}").observe(0.2)
-    writer.gauge(catalog.CACHE_MEMORY, "redis").set(5)
+    writer.gauge(catalog.QUEUE_DEPTH, "redis", "mail", "0").set(5)
     known.inc()
     reader = Reader(tmp_path)
     here = reader.read().values()

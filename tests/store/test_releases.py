@@ -19,9 +19,10 @@ NEW = {
     "POOL_WAIT": dataclasses.replace(catalog.POOL_WAIT, buckets=(0.02, 0.3, 7.0)),
     "POOL_USE": dataclasses.replace(catalog.POOL_USE, help="Said better."),
     "PROBE_ERRORS": dataclasses.replace(catalog.PROBE_ERRORS, help="Said better."),
-    "CACHE_MEMORY": dataclasses.replace(catalog.CACHE_MEMORY, help="Said better."),
+    "QUEUE_DEPTH": dataclasses.replace(catalog.QUEUE_DEPTH, help="Said better."),
 }
 """Rows of the next release: other buckets, and other help texts of a histogram, a counter and a gauge."""
+DEPTH_LABELS = (("messaging_destination_name", "mail"), ("messaging_system", "redis"), ("priority", "0"))
 
 
 def release(monkeypatch: pytest.MonkeyPatch, rows: dict[str, Metric]) -> None:
@@ -37,7 +38,7 @@ def write(writer: Writer) -> None:
     writer.histogram(catalog.POOL_WAIT, "primary").observe(0.25)
     writer.histogram(catalog.POOL_USE, "primary").observe(0.25)
     writer.counter(catalog.PROBE_ERRORS, "request").inc()
-    writer.gauge(catalog.CACHE_MEMORY, "redis").set(5)
+    writer.gauge(catalog.QUEUE_DEPTH, "redis", "mail", "0").set(5)
 
 
 def both(directory: Path, reader: Reader) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -61,7 +62,7 @@ def test_a_new_release_neither_doubles_gauges_nor_mixes_buckets(
     for writer in old:
         write(writer)
     reader = Reader(tmp_path)
-    assert both(tmp_path, reader)["headroom_cache_memory_bytes", (("cache", "redis"),)] in (5, 15)
+    assert both(tmp_path, reader)["headroom_queue_depth", DEPTH_LABELS] in (5, 15)
     for writer in old[:2]:
         writer.close()
     assert old[2]._files.slot is not None
@@ -76,8 +77,8 @@ def test_a_new_release_neither_doubles_gauges_nor_mixes_buckets(
     for writer in new:
         writer.tend()
     values = both(tmp_path, reader)
-    single = 5 if catalog.CACHE_MEMORY.mode == "livemax" else 5 * workers
-    assert values["headroom_cache_memory_bytes", (("cache", "redis"),)] == single
+    single = 5 if catalog.QUEUE_DEPTH.mode == "livemax" else 5 * workers
+    assert values["headroom_queue_depth", DEPTH_LABELS] == single
     assert values["headroom_probe_errors_total", (("probe", "request"),)] == 3 + workers
     pool = ("db_client_connection_pool_name", "primary")
     assert values[f"{catalog.POOL_USE.name}_count", (pool,)] == 3 + workers
@@ -87,7 +88,7 @@ def test_a_new_release_neither_doubles_gauges_nor_mixes_buckets(
     buckets = [value for (name, _), value in values.items() if name == f"{catalog.POOL_USE.name}_bucket"]
     assert all(lower <= upper for lower, upper in pairwise(buckets))
     texts = {family.name: family.help for family in reader.read().families}
-    assert texts["headroom_cache_memory_bytes"] == texts["headroom_probe_errors"] == "Said better."
+    assert texts["headroom_queue_depth"] == texts["headroom_probe_errors"] == "Said better."
     for writer in new:
         writer.close()
 

@@ -8,11 +8,12 @@ are those of the scrape before are used again: a warm scrape formats the numbers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from operator import add
 
 from fastapi_headroom import catalog
+from fastapi_headroom.store.exemplars import Exemplar, Exemplars
 from fastapi_headroom.store.reader import Family, Rows
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,6 +22,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _NOT_IN_NAMES = re.compile(r"^[0-9]|[^a-zA-Z0-9_:]")
 _NOT_IN_LABELS = re.compile(r"^[0-9]|[^a-zA-Z0-9_]")
 _UNITS = {metric.family: metric.unit for metric in catalog.ALL if metric.unit}
+_NO_EXEMPLARS: Exemplars = {}
 _SPELLED = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
@@ -30,8 +32,13 @@ class Renderer:
     def __init__(self) -> None:
         self._lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
 
-    def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
-        """Return the exposition of the families, UTF-8 encoded, in their order; empty ones are left out."""
+    def render(
+        self, families: Iterable[Family], *, openmetrics: bool = False, exemplars: Exemplars = _NO_EXEMPLARS
+    ) -> bytes:
+        """Return the exposition of the families, UTF-8 encoded, in their order; empty ones are left out.
+
+        Exemplars are for OpenMetrics only: the text form has no place for them.
+        """
         parts: list[str] = []
         lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
         for family in families:
@@ -43,7 +50,8 @@ class Renderer:
                 before = (rows, values, _render_lines(rows, values))
             lines[family.name] = before
             parts.append(_header(family, openmetrics=openmetrics))
-            parts.append(before[2])
+            examples = exemplars.get(family.name) if openmetrics and family.kind == "histogram" else None
+            parts.append(_with_exemplars(rows, before[2], examples) if examples else before[2])
         self._lines = lines  # families that are gone are forgotten
         if openmetrics:
             parts.append("# EOF\n")
@@ -57,6 +65,19 @@ def _render_lines(rows: Rows, values: Sequence[float]) -> str:
     if not isfinite(sum(values)):
         numbers = (_SPELLED.get(number, number) for number in numbers)
     return "\n".join(map(add, rows.prefixes, numbers)) + "\n"
+
+
+def _with_exemplars(
+    rows: Rows, text: str, exemplars: Mapping[tuple[str, tuple[tuple[str, str], ...]], Exemplar]
+) -> str:
+    lines = text.split("\n")
+    for number, row in enumerate(rows.series):
+        found = exemplars.get(row)
+        if found is not None:
+            lines[number] += (
+                f' # {{trace_id="{found.trace_id}",span_id="{found.span_id}"}} {found.value!r} {found.time:.3f}'
+            )
+    return "\n".join(lines)
 
 
 def _header(family: Family, *, openmetrics: bool) -> str:

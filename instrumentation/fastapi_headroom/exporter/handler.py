@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -22,6 +23,8 @@ log = logging.getLogger("fastapi_headroom")
 
 MAX_REQUEST_BYTES = 16 * 1024
 """Request line and headers together; Prometheus sends about 300 bytes."""
+SILENT_SECONDS = 0.05
+"""For a client to go on before another one may take its place, when all are taken."""
 REQUEST_SECONDS = 10.0
 """For a request to arrive, and for its response to be taken."""
 IDLE_SECONDS = 120.0
@@ -55,6 +58,10 @@ class Connection:
     def precedence(self) -> tuple[bool, float]:
         """Sort those first that wait for their client, the longest wait before all."""
         return self.answering, self.since
+
+    def silent(self, now: float) -> bool:
+        """Return whether the client could have sent its request, and has not."""
+        return not self.answering and now - self.since > SILENT_SECONDS
 
     def overdue(self, now: float) -> bool:
         """Return whether the client has kept its thread waiting for too long."""
@@ -99,6 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         return "fastapi-headroom"
 
     def setup(self) -> None:
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.settimeout(REQUEST_SECONDS)
+            self.request.do_handshake()
         super().setup()
         self.request.settimeout(IDLE_SECONDS)
         self._bounded = _BoundedReader(self.rfile)
@@ -134,7 +144,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
             self.close_connection = True
         path = self.path.partition("?")[0]
-        if path == "/metrics":
+        if self.server.access is not None and not self.server.access.allows(self.headers.get("Authorization", "")):
+            self._refuse(path)
+        elif path == "/metrics":
             self._metrics()
         elif path == "/healthz":
             self._send(json.dumps(self.server.health()).encode() + b"\n", "application/json")
@@ -142,6 +154,18 @@ class Handler(BaseHTTPRequestHandler):
             self._send(_PAGE, "text/html; charset=utf-8")
         else:
             self._send(b"404 Not Found: try /metrics or /healthz\n", "text/plain; charset=utf-8", HTTPStatus.NOT_FOUND)
+
+    def _refuse(self, path: str) -> None:
+        """Answer who has no token: that we are alive, for probes that cannot have one, and nothing else."""
+        if path == "/healthz":
+            self._send(b'{"status": "ok"}\n', "application/json")
+            return
+        self._send(
+            b"401 Unauthorized: show the exporter's bearer token\n",
+            "text/plain; charset=utf-8",
+            HTTPStatus.UNAUTHORIZED,
+            {"WWW-Authenticate": 'Bearer realm="fastapi-headroom"'},
+        )
 
     def _metrics(self) -> None:
         openmetrics = exposition.wants_openmetrics(self.headers.get("Accept", ""))

@@ -8,6 +8,7 @@ import time
 
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.exposition import Renderer
+from fastapi_headroom.store.exemplars import ExemplarReader
 from fastapi_headroom.store.reader import Family
 
 _GZIP_LEVEL = 1  # exposition text shrinks tenfold at the cheapest level already
@@ -17,8 +18,9 @@ class Scraper:
     """Serialises scrapes around the reader. A scrape that began while others waited serves them all, so a
     crowd of scrapers costs about as much as two."""
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: Collector, exemplars: ExemplarReader | None = None) -> None:
         self.collector = collector
+        self._exemplars = exemplars
         self.last: float | None = None
         """When the last scrape ended, in seconds since 1970."""
         self._renderer = Renderer()
@@ -52,6 +54,7 @@ class Scraper:
             if compressed:
                 body = gzip.compress(self._body(openmetrics, False), _GZIP_LEVEL, mtime=0)
             else:
-                body = self._renderer.render(self._families, openmetrics=openmetrics)
+                exemplars = self._exemplars.read() if openmetrics and self._exemplars else {}
+                body = self._renderer.render(self._families, openmetrics=openmetrics, exemplars=exemplars)
             self._bodies[key] = body
         return body

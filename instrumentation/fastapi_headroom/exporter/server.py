@@ -1,7 +1,8 @@
 """The exporter's HTTP server: /metrics, /healthz and a page of links, from the standard library alone.
 
 It is built for bad company. Connections are bounded, and each has a thread; when all are taken, a new connection
-displaces the one that has been silent for longest, so half-open connections cannot keep a scraper out.
+displaces the one that has been silent for longest, so half-open connections cannot keep a scraper out; a crowd of
+scrapers, of which none is silent, waits its turn.
 Requests are bounded in bytes, and every socket has time-outs.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastapi_headroom.errors import HeadroomError, PortInUseError
+from fastapi_headroom.exporter.access import Access
 from fastapi_headroom.exporter.handler import Connection, Handler
 from fastapi_headroom.exporter.locks import slots_alive
 from fastapi_headroom.exporter.scrape import Scraper
@@ -27,6 +29,8 @@ log = logging.getLogger("fastapi_headroom")
 
 MAX_CONNECTIONS = 32
 _SWEEP_SECONDS = 0.5
+_PATIENCE_SECONDS = 1.0
+"""How long a new connection waits for room before it takes that of one that is being answered."""
 
 
 class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -38,12 +42,13 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128
+    request_queue_size = 512
 
-    def __init__(self, host: str, port: int, scraper: Scraper, directory: Path) -> None:
-        self.scraper, self.directory = scraper, directory
+    def __init__(self, host: str, port: int, scraper: Scraper, directory: Path, access: Access | None = None) -> None:
+        self.scraper, self.directory, self.access = scraper, directory, access
+        self._tls = access.tls if access is not None else None
         self._connections: dict[socket.socket, Connection] = {}
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
         try:
             family, _, _, _, address = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -68,7 +73,8 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def url(self) -> str:
         """The address for people: of the metrics."""
         host = str(self.socket.getsockname()[0])
-        return f"http://[{host}]:{self.port}/metrics" if ":" in host else f"http://{host}:{self.port}/metrics"
+        scheme = "https" if self._tls is not None else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
 
     def start(self) -> None:
         """Answer requests on a daemon thread."""
@@ -104,7 +110,11 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def get_request(self) -> Any:
         """Accept a connection. The loop around it takes no error seriously and would spin on these."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
+            if self._tls is not None:
+                # The handshake is for the connection's own thread: it waits for the client.
+                request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            return request, address
         except OSError as error:
             if error.errno in (errno.EBADF, errno.ENOTSOCK, errno.EINVAL):
                 raise _NotListeningError from error
@@ -116,20 +126,32 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Start a connection's thread, after making room for it."""
         with self._guard:
             if len(self._connections) >= MAX_CONNECTIONS:
-                displaced = min(self._connections.values(), key=Connection.precedence)
-                del self._connections[displaced.socket]
-                _end(displaced.socket)
+                self._make_room()
             self._connections[request] = Connection(request)
         super().process_request(request, client_address)
+
+    def _make_room(self) -> None:
+        """Displace a silent connection, or wait for the end of one; the others wait in the backlog meanwhile."""
+        latest = time.monotonic() + _PATIENCE_SECONDS
+        while len(self._connections) >= MAX_CONNECTIONS:
+            displaced, now = min(self._connections.values(), key=Connection.precedence), time.monotonic()
+            if displaced.silent(now) or now > latest:
+                del self._connections[displaced.socket]
+                _end(displaced.socket)
+            else:
+                self._guard.wait(0.02)
 
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection that its thread has done with."""
         with self._guard:
             self._connections.pop(request, None)
+            self._guard.notify()
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """End connections that are overdue; called twice a second."""
+        """End connections that are overdue, and look for a new certificate; called twice a second."""
+        if self.access is not None:
+            self.access.refresh()
         now = time.monotonic()
         with self._guard:
             for connection in self._connections.values():
@@ -162,7 +184,8 @@ class _NotListeningError(Exception):
 def _end(connection: socket.socket) -> None:
     """Wake the thread that waits for a socket: it sees the end and cleans up."""
     try:
-        connection.shutdown(socket.SHUT_RDWR)
+        # not SSLSocket's own, which would have its thread go on without TLS
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
     except OSError:
         pass
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 
+from fastapi_headroom.exporter.access import Access
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.pollers import PolledQueue
 from fastapi_headroom.exporter.scrape import Scraper
 from fastapi_headroom.exporter.server import MetricsServer
 from fastapi_headroom.settings import Settings
+from fastapi_headroom.store.exemplars import ExemplarReader
 from fastapi_headroom.store.reader import Reader
 
 
 class Exporter:
     """Serves the store that the settings name. Listens when constructed, answers after :meth:`start`.
 
-    Raises PortInUseError when the port is taken, HeadroomError when the address cannot be listened on.
+    Raises PortInUseError when the port is taken, HeadroomError when the address cannot be listened on,
+    or a file of a token, certificate or key cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         directory = settings.store_directory
+        access = Access(settings)
         self._queues = [PolledQueue(url) for url in settings.queues]
         self._reader = Reader(directory)
         collector = Collector(self._reader, expected_workers=settings.expected_workers, queues=self._queues)
-        self._scraper = Scraper(collector)
-        self._server = MetricsServer(settings.host, settings.port, self._scraper, directory)
+        self._scraper = Scraper(collector, ExemplarReader(directory))
+        self._server = MetricsServer(settings.host, settings.port, self._scraper, directory, access)
 
     @property
     def url(self) -> str:

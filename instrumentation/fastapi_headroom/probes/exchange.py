@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.request_series import WAIT_STAGES, ResponseSeries, Table
+from fastapi_headroom.tracing import spans
 
 STREAM_AFTER: Final = 1.0
 """Seconds between the start of a response and its end from which on it is a stream, see above."""
@@ -177,6 +178,8 @@ class Exchange:
             return
         self.duration = self.ledger.finish(perf_counter())
         self._leave()
+        if spans.active:
+            self.ledger.trace = spans.sampled()  # the server span is still open: the last byte passes through it
         if self.status < 500:
             self.recorded = True
             self.record("")
@@ -240,6 +243,8 @@ class Exchange:
         else:
             seconds = ledger.seconds
             (series.duration or series.make_duration())(self.duration)
+            if ledger.trace is not None:
+                series.exemplar(self.duration, ledger.trace)
             by_route.latency(seconds[ACCEPT_QUEUE] + self.duration)
             by_route.on_loop(seconds[ON_LOOP])
             by_route.other(seconds[OTHER])

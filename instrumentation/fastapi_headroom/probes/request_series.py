@@ -52,7 +52,7 @@ class RouteSeries:
 class ResponseSeries:
     """What is kept per method, route, status and error type, and the way to the route's series."""
 
-    __slots__ = ("_writer", "duration", "labels", "outcome", "request_size", "response_size", "route")
+    __slots__ = ("_histogram", "_writer", "duration", "labels", "outcome", "request_size", "response_size", "route")
 
     def __init__(self, writer: Writer, route: RouteSeries, labels: tuple[str, str, str, str], outcome: str) -> None:
         method, template, _, _ = self.labels = labels
@@ -65,8 +65,13 @@ class ResponseSeries:
 
     def make_duration(self) -> Write:
         """Return the histogram of durations, made with the first one: a route that only streams has none."""
-        self.duration = self._writer.histogram(catalog.REQUEST_DURATION, *self.labels).observe
+        self._histogram = self._writer.histogram(catalog.REQUEST_DURATION, *self.labels)
+        self.duration = self._histogram.observe
         return self.duration
+
+    def exemplar(self, duration: float, trace: tuple[int, int]) -> None:
+        """Keep the trace of a request whose duration was observed as an example of such requests."""
+        self._writer.exemplar(self._histogram, duration, *trace)
 
     def make_request_size(self) -> Write:
         """Return the histogram of request bodies, made with the first body."""

@@ -70,8 +70,10 @@ def key(family: str, sample: str, labels: dict[str, str], help_text: str) -> byt
 
 
 def keys_of(metric: Metric, values: Sequence[str]) -> list[bytes]:
-    """Return the keys of one series: one for a counter or gauge, sum and then buckets for a histogram."""
+    """Return the keys of one series: one for a counter or gauge, the sum and then the counts for the others."""
     labels = dict(zip(metric.labels, values, strict=True))
+    if metric.kind == "summary":
+        return [key(metric.name, f"{metric.name}_{part}", labels, metric.help) for part in ("sum", "count")]
     if metric.kind != "histogram":
         return [key(metric.family, metric.name, labels, metric.help)]
     keys = [key(metric.name, f"{metric.name}_sum", labels, metric.help)]

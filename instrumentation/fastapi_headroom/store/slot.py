@@ -51,7 +51,8 @@ def prepare_directory(directory: Path, *, group_readable: bool) -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             directory.mkdir(mode=wanted)
-            directory.chmod(wanted)  # the umask may have narrowed it
+            # The umask may have narrowed it. A group that is inherited must go on to the files.
+            directory.chmod(wanted | directory.stat().st_mode & stat.S_ISGID)
         except FileExistsError:
             pass
         status = directory.stat()
@@ -70,8 +71,8 @@ def prepare_directory(directory: Path, *, group_readable: bool) -> None:
             f"the store's directory {directory} (user id {status.st_uid}, mode {mode:04o}) cannot be written "
             f"by user id {user}; {REMEDY}"
         )
-    if group_readable and mode == 0o700 and status.st_uid == user:
-        directory.chmod(wanted)
+    if group_readable and mode & 0o777 == 0o700 and status.st_uid == user:
+        directory.chmod(wanted | mode & stat.S_ISGID)
 
 
 REMEDY = "set HEADROOM_DIRECTORY to a directory that this user owns, or let this user write to it"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import StoreError
-from fastapi_headroom.store import layout, memory
+from fastapi_headroom.store import exemplars, layout, memory
 from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.handles import Gauge
 from fastapi_headroom.store.memory import Held
@@ -40,6 +40,7 @@ class SlotFiles:
         """Where it is shown, once there is such a series."""
         self._group_readable, self._capacity = group_readable, capacity
         self._mode = 0o640 if group_readable else 0o600
+        self._ring: exemplars.Ring | None = None
         self._taken_over = False
         self._number: int | None = None  # the slot that this worker's labels name: it takes no other one again
         self._opened, self._adopted = time.monotonic(), False
@@ -62,6 +63,15 @@ class SlotFiles:
     def spare(self, stem: str) -> Region:
         """Return the region in memory that stands in for a file without space."""
         return self.spares.setdefault(stem, Region.anonymous(self._capacity))
+
+    def exemplar_ring(self) -> exemplars.Ring | None:
+        """Return where exemplars go, made when first asked for; None without a file."""
+        if self._ring is None and self.directory is not None and self.slot is not None and self._taken_over:
+            try:
+                self._ring = exemplars.Ring(self.directory / exemplars.file_name(self.slot.number), self._mode)
+            except OSError as error:
+                self.degrade(error)
+        return self._ring
 
     def all(self) -> list[tuple[str, Region]]:
         """Return every region with its stem."""
@@ -111,6 +121,7 @@ class SlotFiles:
         if self.directory is None:
             return
         slot = self.slot
+        self._drop_exemplars()  # they name series by their places in the file, which may change now
         self.degrade(StoreError(f"{self.directory} was deleted or emptied while this worker used it"))
         try:
             if slot is not None and not slot.is_current():
@@ -137,7 +148,13 @@ class SlotFiles:
         """Go on in memory for good, with the values or with zeros."""
         for _, region in self.all():
             region.detach(copy=copy)
+        self._drop_exemplars()
         self.directory, self.slot = None, None
+
+    def _drop_exemplars(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def close(self) -> None:
         """Let go of the slot; live gauges of nobody would stay in an app's own /metrics."""
@@ -197,9 +214,10 @@ class SlotFiles:
         """Return the counters that the slot's last owner left, under our keys; its gauges are gone with it."""
         assert self.directory is not None
         remove_gauges(self.directory, slot.number)
+        (self.directory / exemplars.file_name(slot.number)).unlink(missing_ok=True)
         fingerprint = layout.fingerprint(catalog.ALL)
         taken: dict[str, Region] = {}
-        for stem in ("counter", "histogram"):
+        for stem in ("counter", "histogram", "summary"):
             path = self.directory / layout.file_name(stem, slot.number)
             try:
                 region = Region.open(path, self._capacity)

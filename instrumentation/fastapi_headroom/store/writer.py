@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,27 @@ class Writer:
         handle = self._handles.get((metric, values)) or self._make(metric, values, "histogram")
         assert isinstance(handle, Histogram)
         return handle
+
+    def summary(self, metric: Metric, *values: str) -> Histogram:
+        """Return the handle of a summary, a histogram with one bucket that is not shown."""
+        handle = self._handles.get((metric, values)) or self._make(metric, values, "summary")
+        assert isinstance(handle, Histogram)
+        return handle
+
+    def exemplar(self, histogram: Histogram, value: float, trace_id: int, span_id: int) -> None:
+        """Keep a trace as the example of the bucket that an observed value fell into. Nothing without files."""
+        # Whoever moves the files closes the ring as well, under this lock; an exemplar is not worth a wait for it.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            region = self._files.regions.get("histogram")
+            if region is None or not region.has_file or histogram.view is not region.view:
+                return
+            ring = self._files.exemplar_ring()
+            if ring is not None:
+                ring.write(histogram.cells[bisect_left(histogram.bounds, value)], value, trace_id, span_id)
+        finally:
+            self._lock.release()
 
     def samples(self) -> Samples:
         """Return what this worker wrote, as it would be scraped: (sample name, label pairs) to value."""
@@ -172,11 +194,11 @@ class Writer:
 
     def _handle(self, metric: Metric, region: Region, indexes: list[int]) -> Handle:
         handle: Handle
-        if metric.kind == "histogram":
+        if metric.kind in ("histogram", "summary"):
             handle = _HISTOGRAM(region.view, indexes[0], tuple(indexes[1:]), metric.buckets)
         elif metric.kind == "counter":
             handle = _COUNTER(region.view, indexes[0])
-        elif metric.mode == "livemostrecent":
+        elif metric.mode.endswith("mostrecent"):
             handle = RecentGauge(region.view, indexes[0])
         else:
             handle = _GAUGE(region.view, indexes[0])

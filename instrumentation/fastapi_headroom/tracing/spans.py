@@ -54,6 +54,14 @@ def record(name: str, start_ns: int, end_ns: int, attributes: Mapping[str, str])
     _start_span(name, start_time=start_ns, attributes=attributes).end(end_ns)
 
 
+def sampled() -> tuple[int, int] | None:
+    """Return trace id and span id of the current span, None when there is none that is sampled."""
+    if _current_span is None:
+        return None
+    context = _current_span().get_span_context()
+    return (context.trace_id, context.span_id) if context.trace_flags.sampled else None
+
+
 def inject(carrier: MutableMapping[str, Any]) -> None:
     """Write the current trace context (W3C ``traceparent`` by default) into ``carrier``; nothing when off."""
     if _inject is not None:
