@@ -62,7 +62,14 @@ def run(name: str, *, quick: bool) -> list[Row] | None:
     """Return the rows of one benchmark, or None when it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--rows", file, *(["--quick"] if quick else [])]
+        command = [
+            sys.executable,
+            "-m",
+            f"benchmarks.bench_{name}",
+            "--rows",
+            str(file),
+            *(["--quick"] if quick else []),
+        ]
         if subprocess.run(command, check=False).returncode:
             return None
         return [Row(**row) for row in json.loads(file.read_text())]

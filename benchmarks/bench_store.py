@@ -67,19 +67,17 @@ def observations(*, rounds: int, count: int) -> Iterator[Row]:
 
 def peer_histogram(folder: Path | None) -> PeerHistogram:
     """Return prometheus_client's histogram of the same bounds, multiprocess when a folder is given."""
-    import prometheus_client.metrics as metrics
-
-    before = metrics.values.ValueClass
+    before = values.ValueClass
     try:
         if folder is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-            metrics.values.ValueClass = values.MultiProcessValue()
+            values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
         histogram = PeerHistogram(
             "peer_seconds", "A.", ("a", "b", "c", "d"), registry=CollectorRegistry(), buckets=BOUNDS
         )
         histogram.labels(*LABELS).observe(0.042)
     finally:
-        metrics.values.ValueClass = before
+        values.ValueClass = before
     return histogram
 
 
@@ -147,7 +145,7 @@ def fill(writer: Writer, samples: int, seed: int) -> Sequence[Observe]:
     observers: list[Observe] = []
     for number in range(routes):
         route = f"/resource/{(number + seed) % routes}/items/{{item_id}}"
-        handles = [writer.histogram(catalog.REQUEST_DURATION, "GET", route, "200", "").observe]
+        handles: list[Observe] = [writer.histogram(catalog.REQUEST_DURATION, "GET", route, "200", "").observe]
         handles += [writer.histogram(metric, route).observe for metric in by_route]
         handles += [writer.counter(catalog.REQUEST_STAGE, route, stage).inc for stage in ("on_loop", "db", "other")]
         handles += [writer.counter(catalog.REQUESTS, route, outcome).inc for outcome in ("ok", "error")]
@@ -166,7 +164,7 @@ def scrapes(*, slots: int, samples: int, rounds: int) -> Iterator[Row]:
     """Compare a warm scrape with prometheus_client's."""
     with store(slots, samples) as made:
         registry = CollectorRegistry()
-        registry.register(MultiProcessCollector(None, str(made.directory)))
+        registry.register(MultiProcessCollector(None, str(made.directory)))  # type: ignore[no-untyped-call]
 
         here, there, ratios = [], [], []
         for _ in range(rounds):

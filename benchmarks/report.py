@@ -13,8 +13,9 @@ from benchmarks.measuring import Row
 
 HEADINGS = ("what", "headroom", "peer", "peer / headroom", "promised", "")
 LIBRARIES = (
-    "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "prometheus-client", "prometheus-fastapi-instrumentator",
-    "starlette-exporter", "opentelemetry-sdk", "opentelemetry-instrumentation-fastapi", "SQLAlchemy", "asyncpg", "redis",
+    "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "prometheus-client",
+    "prometheus-fastapi-instrumentator", "starlette-exporter", "opentelemetry-sdk",
+    "opentelemetry-instrumentation-fastapi", "SQLAlchemy", "asyncpg", "redis",
 )  # fmt: skip
 Sections = Mapping[str, Sequence[Row]]
 

@@ -142,7 +142,7 @@ def take_turns(
     return tables
 
 
-def _turns(servers: Mapping[str, Server], path: str, turns: int) -> dict[str, float]:
+def _turns(servers: dict[str, Server], path: str, turns: int) -> dict[str, float]:
     taken: Table = {variant: [] for variant in servers}
     for _ in range(turns):
         spent = dict.fromkeys(servers, 0.0)
