@@ -64,9 +64,11 @@ def conditions() -> str:
             found.append(f"{library} {version(library)}")
         except PackageNotFoundError:
             continue
+    load = os.getloadavg()[0]
     return (
         f"{day}; {os.cpu_count()} cores, {_processor()}, {platform.system()} {platform.machine()}, "
-        f"{platform.python_implementation()} {platform.python_version()}; {', '.join(found)}."
+        f"{platform.python_implementation()} {platform.python_version()}; {', '.join(found)}. "
+        f"Load average at the end of the run: {load:.1f} (1 is the run itself; what is above comes from other work)."
     )
 
 

@@ -157,6 +157,17 @@ def _turns(servers: dict[str, Server], path: str, turns: int) -> dict[str, float
     }
 
 
+def idle(variants: Sequence[str], seconds: float) -> list[float]:
+    """Return the milliseconds of CPU that each variant takes in a second in which nobody calls it."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(server(variant)) for variant in variants]
+        for running in servers:
+            running.load("/ping", 0.3)
+        before = [running.cpu_seconds() for running in servers]
+        time.sleep(seconds)
+        return [(running.cpu_seconds() - start) / seconds * 1e3 for running, start in zip(servers, before, strict=True)]
+
+
 def added(table: Table, variant: str, base: str = BARE) -> float:
     """Return what a variant takes more than another, in microseconds: the median of the rounds."""
     return statistics.median(a - b for a, b in zip(table[variant], table[base], strict=True))
