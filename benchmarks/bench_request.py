@@ -4,6 +4,8 @@ Microseconds of the server's CPU per request, uvicorn with uvloop and httptools,
 FastAPI's default app, whose own dormant telemetry fastapi-headroom switches off where nobody uses it; the rows "without
 FastAPI's telemetry" leave that gain out. Peers count in one process, where they are fastest, and with their defaults.
 OpenTelemetry makes spans only: SDK, BatchSpanProcessor, an exporter that throws away.
+
+Microseconds depend on the machine, so a budget in them is kept more easily on a fast one; the ratio to a peer does not.
 """
 
 from __future__ import annotations
