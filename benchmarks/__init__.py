@@ -1,1 +1,1 @@
-"""What fastapi-headroom costs, as ratios against peers measured in the same run."""
+"""What fastapi-headroom costs, beside peers that are measured in the same run."""

@@ -1,81 +1,87 @@
-"""What an observation and a scrape of the store cost, as ratios to prometheus_client in one run.
+"""An observation and a scrape, beside prometheus_client over the very same files, in CPU time.
 
-    python benchmarks/bench_store.py [--quick]
-
-Both sides run in this process, in turns, so that a machine whose speed wanders cannot favour one of them. Costs are
-CPU time; each figure is the median of the rounds, and a ratio is the median of the rounds' ratios.
+Scrapes are from directory to text: our reader and exposition, prometheus_client's ``MultiProcessCollector`` and
+``generate_latest``. *Warm* is not the first one. The samples are of the request probe's families. Before a scrape,
+worker after worker observes a request on every tenth of its routes, in all slots where nothing else is said.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
+import resource
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "instrumentation"))
 
 from prometheus_client import CollectorRegistry, values
 from prometheus_client import Histogram as PeerHistogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from benchmarks.measuring import Row, Work, compare, cpu, main
 from fastapi_headroom import catalog
+from fastapi_headroom.exporter.exposition import Renderer
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 
-ROUTE = "/orders/{order_id}"
-LABELS = ("GET", ROUTE, "200", "")
+LABELS = ("GET", "/orders/{order_id}", "200", "")
 BOUNDS = catalog.REQUEST_DURATION.buckets
-Work = Callable[[], object]
+Observe = Callable[[float], None]
+BUDGETS = {2_000: 15.0, 10_000: 75.0}
+"""Milliseconds of a warm scrape of 64 slots, by samples per slot."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run both comparisons and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller directories")
-    quick = parser.parse_args(arguments).quick
-    rows = observations(rounds=5 if quick else 21, count=20_000 if quick else 100_000)
-    rows += scrapes(slots=8 if quick else 64, samples=2_000, rounds=3 if quick else 9)
-    print(f"{'what':<58}{'here':>12}{'peer':>12}{'ratio':>8}")
-    for what, unit, ours, peer, ratio in rows:
-        print(f"{what:<58}{ours:>9.2f} {unit}{peer:>9.2f} {unit}{ratio:>7.1f}x")
-    return 0
+def benchmark(quick: bool) -> Iterator[Row]:
+    """Yield observations, scrapes beside the peer, and how scrapes grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # 256 slots are held by this one process
+    yield from observations(rounds=3 if quick else 15, count=10_000 if quick else 50_000)
+    for samples, rounds in ((2_000, 5), (10_000, 3)):
+        if not quick or samples == 2_000:
+            yield from scrapes(slots=8 if quick else 64, samples=samples, rounds=1 if quick else rounds)
+    yield from growth((1, 4) if quick else (1, 4, 16, 64, 256), rounds=3 if quick else 15)
+    yield from changes(slots=8 if quick else 64, rounds=3 if quick else 15)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-Row = tuple[str, str, float, float, float]
-
-
-def observations(*, rounds: int, count: int) -> list[Row]:
+# ------------------------------------------------------------------ observations
+def observations(*, rounds: int, count: int) -> Iterator[Row]:
     """Compare one histogram observation with prometheus_client's, in process and in multiprocess mode."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         writer = Writer.open(Path(folder) / "ours")
         ours = writer.histogram(catalog.REQUEST_DURATION, *LABELS).observe
-        in_process, _ = peer_histogram(None)
-        shared, _ = peer_histogram(Path(folder))
-        resolved = shared.labels(*LABELS).observe
-        peers: list[tuple[str, Callable[[float], object]]] = [
-            ("one process", in_process.labels(*LABELS).observe),
-            ("multiprocess", resolved),
-            ("multiprocess with .labels()", lambda seconds: shared.labels(*LABELS).observe(seconds)),
+        shared = peer_histogram(Path(folder))
+        peers: list[tuple[str, Observe, float | None]] = [
+            ("one process", peer_histogram(None).labels(*LABELS).observe, None),
+            ("multiprocess", shared.labels(*LABELS).observe, None),
+            ("multiprocess with .labels()", lambda seconds: shared.labels(*LABELS).observe(seconds), 10.0),
         ]
-        rows = []
-        for name, peer in peers:
-            here, there, ratio = compare(repeat(ours, count), repeat(peer, count), rounds)
-            rows.append(
-                (f"observation, prometheus_client {name}", "us", here / count * 1e6, there / count * 1e6, ratio)
-            )
+        for name, peer, least in peers:
+            here, there, ratio = compare(_repeat(ours, count), _repeat(peer, count), rounds)
+            what = f"observation, and prometheus_client's, {name}"
+            yield Row(what, "us", here / count * 1e6, there / count * 1e6, ratio, least=least)
         writer.close()
-    return rows
 
 
-def repeat(observe: Callable[[float], object], count: int) -> Work:
-    """Return work that makes ``count`` observations."""
+def peer_histogram(folder: Path | None) -> PeerHistogram:
+    """Return prometheus_client's histogram of the same bounds, multiprocess when a folder is given."""
+    before = values.ValueClass
+    try:
+        if folder is not None:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+            values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+        histogram = PeerHistogram(
+            "peer_seconds", "A.", ("a", "b", "c", "d"), registry=CollectorRegistry(), buckets=BOUNDS
+        )
+        histogram.labels(*LABELS).observe(0.042)
+    finally:
+        values.ValueClass = before
+    return histogram
 
+
+def _repeat(observe: Observe, count: int) -> Work:
     def work() -> None:
         for _ in range(count):
             observe(0.042)
@@ -83,73 +89,124 @@ def repeat(observe: Callable[[float], object], count: int) -> Work:
     return work
 
 
-def peer_histogram(folder: Path | None) -> tuple[PeerHistogram, CollectorRegistry]:
-    """Return prometheus_client's histogram of the same bounds, multiprocess when a folder is given."""
-    before = values.ValueClass
-    registry = CollectorRegistry()
-    try:
-        if folder is not None:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-            import prometheus_client.metrics as metrics
+# ----------------------------------------------------------------------- scrapes
+class Store:
+    """A directory with so many slots, each with about so many samples, and what scrapes it."""
 
-            metrics.values.ValueClass = values.MultiProcessValue()
-        histogram = PeerHistogram("peer_seconds", "A peer.", ("a", "b", "c", "d"), registry=registry, buckets=BOUNDS)
-        histogram.labels(*LABELS).observe(0.042)
-    finally:
-        values.ValueClass = before
-    return histogram, registry
+    def __init__(self, directory: Path, slots: int, samples: int) -> None:
+        self.directory = directory
+        self.writers = [Writer.open(directory) for _ in range(slots)]
+        self.observers = [fill(writer, samples, number) for number, writer in enumerate(self.writers)]
+        self.reader, self.renderer = Reader(directory), Renderer()
+        self.scrape()
+        self.samples = sum(map(len, self.reader.read().families))
 
+    def scrape(self) -> bytes:
+        """Return the exposition."""
+        return self.renderer.render(self.reader.read().families)
 
-def scrapes(*, slots: int, samples: int, rounds: int) -> list[Row]:
-    """Compare a warm read of many slots with prometheus_client's, over the very same files."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        directory = Path(folder) / "store"
-        writers = [Writer.open(directory) for _ in range(slots)]
-        for number, writer in enumerate(writers):
-            fill(writer, samples, number)
-        reader, collector = Reader(directory), MultiProcessCollector(None, str(directory))
-        registry = CollectorRegistry()
-        registry.register(collector)
-        reader.read()
-        handle = writers[0].histogram(catalog.REQUEST_DURATION, *LABELS)
+    def observe(self, slots: int) -> None:
+        """Let so many workers serve requests on a tenth of their routes."""
+        for observers in self.observers[:slots]:
+            for write in observers[::10]:
+                write(0.0123)
 
-        def read() -> object:
-            handle.observe(0.1)  # never twice the same numbers
-            return reader.read()
+    def milliseconds(self, changed: int, rounds: int) -> float:
+        """Return the median of warm scrapes, after so many slots have changed."""
+        figures = []
+        for _ in range(rounds):
+            self.observe(changed)
+            figures.append(cpu(self.scrape) * 1e3)
+        return statistics.median(figures)
 
-        rows = []
-        for what, peer in (("read", collector.collect), ("read, peer's with text", lambda: generate_latest(registry))):
-            here, there, ratio = compare(read, peer, rounds)
-            rows.append((f"{what}, {slots} slots x {samples:,} samples", "ms", here * 1e3, there * 1e3, ratio))
-        reader.close()
-        for writer in writers:
+    def close(self) -> None:
+        """Let go of everything."""
+        self.reader.close()
+        for writer in self.writers:
             writer.close()
-    return rows
 
 
-def fill(writer: Writer, samples: int, seed: int) -> None:
-    """Make about that many samples, in an order of the worker's own, as traffic does."""
-    series = samples // (len(BOUNDS) + 3)
-    for number in range(series):
-        route = f"/resource/{(number + seed) % series}/items/{{item_id}}"
-        writer.histogram(catalog.REQUEST_DURATION, "GET", route, "200", "").observe(0.01 * number)
+@contextlib.contextmanager
+def store(slots: int, samples: int) -> Iterator[Store]:
+    """Make a store in memory, where there is such a file system."""
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+        made = Store(Path(folder) / "store", slots, samples)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
-def compare(ours: Work, peer: Work, rounds: int) -> tuple[float, float, float]:
-    """Return the medians of both sides' CPU seconds and of their ratio; rounds run A B B A."""
-    ours_times, peer_times = [], []
-    for turn in range(rounds):
-        order = (ours, peer) if turn % 2 == 0 else (peer, ours)
-        spent = {}
-        for work in order:
-            began = time.process_time()
-            work()
-            spent[work] = time.process_time() - began
-        ours_times.append(spent[ours])
-        peer_times.append(spent[peer])
-    ratio = statistics.median(there / here for here, there in zip(ours_times, peer_times, strict=True))
-    return statistics.median(ours_times), statistics.median(peer_times), ratio
+def fill(writer: Writer, samples: int, seed: int) -> Sequence[Observe]:
+    """Make about that many samples, in an order of the worker's own, as traffic does; return what observes them."""
+    by_route = (catalog.REQUEST_LATENCY, catalog.TIME_TO_FIRST_BYTE, catalog.LOOP_HOLD, catalog.REQUEST_QUERIES)
+    per_route = sum(len(metric.buckets) + 3 for metric in (catalog.REQUEST_DURATION, *by_route)) + 5
+    routes = samples // per_route
+    observers: list[Observe] = []
+    for number in range(routes):
+        route = f"/resource/{(number + seed) % routes}/items/{{item_id}}"
+        handles: list[Observe] = [writer.histogram(catalog.REQUEST_DURATION, "GET", route, "200", "").observe]
+        handles += [writer.histogram(metric, route).observe for metric in by_route]
+        handles += [writer.counter(catalog.REQUEST_STAGE, route, stage).inc for stage in ("on_loop", "db", "other")]
+        handles += [writer.counter(catalog.REQUESTS, route, outcome).inc for outcome in ("ok", "error")]
+        for write in handles:
+            write(0.01 * number)
+
+        def observe(value: float, handles: Sequence[Observe] = tuple(handles)) -> None:
+            for write in handles:
+                write(value)
+
+        observers.append(observe)
+    return observers
+
+
+def scrapes(*, slots: int, samples: int, rounds: int) -> Iterator[Row]:
+    """Compare a warm scrape with prometheus_client's."""
+    with store(slots, samples) as made:
+        registry = CollectorRegistry()
+        registry.register(MultiProcessCollector(None, str(made.directory)))  # type: ignore[no-untyped-call]
+
+        here, there, ratios = [], [], []
+        for _ in range(rounds):
+            made.observe(slots)
+            first = cpu(made.scrape)
+            second = cpu(lambda: generate_latest(registry))
+            made.observe(slots)
+            first += cpu(made.scrape)
+            here.append(first / 2 * 1e3)
+            there.append(second * 1e3)
+            ratios.append(second / (first / 2))
+        yield Row(
+            f"warm scrape, {slots} slots x {made.samples:,} samples, and prometheus_client's",
+            "ms", statistics.median(here), statistics.median(there), statistics.median(ratios),
+            budget=BUDGETS[samples] if slots == 64 else None, least=20.0,
+        )  # fmt: skip
+
+
+def growth(counts: Sequence[int], rounds: int) -> Iterator[Row]:
+    """Show the time of a warm scrape by the number of slots."""
+    for slots in counts:
+        with store(slots, 2_000) as made:
+            yield Row(
+                f"warm scrape, {slots} slot{'s' * (slots > 1)} x {made.samples:,} samples",
+                "ms", made.milliseconds(slots, rounds),
+            )  # fmt: skip
+
+
+def changes(slots: int, rounds: int) -> Iterator[Row]:
+    """Show the time of a warm scrape by what has changed since the one before."""
+    with store(slots, 10_000) as made:
+        for changed in (0, 1, slots // 4, slots):
+            share = {0: "nothing", 1: "1 slot", slots: "all slots"}.get(changed, f"{changed} slots")
+            yield Row(
+                f"warm scrape, {slots} slots x {made.samples:,} samples, {share} changed",
+                "ms", made.milliseconds(changed, rounds),
+            )  # fmt: skip
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(benchmark, __doc__ or ""))

@@ -249,9 +249,10 @@ class Exchange:
             by_route.on_loop(seconds[ON_LOOP])
             by_route.other(seconds[OTHER])
             if ledger.waited:
+                stages = by_route.stages
                 for stage in WAIT_STAGES:
                     if amount := seconds[stage]:
-                        by_route.stage(stage)(amount)
+                        (stages[stage] or by_route.make_stage(stage))(amount)
         if self.began and kind != "sse":
             by_route.first_byte(self.began - ledger.started)
         by_route.loop_hold(ledger.longest_step)

@@ -27,7 +27,18 @@ Write = Callable[[float], None]
 class RouteSeries:
     """What is kept per route, whatever the method and the status."""
 
-    __slots__ = ("_route", "_writer", "disconnect", "first_byte", "latency", "loop_hold", "on_loop", "other", "queries")
+    __slots__ = (
+        "_route",
+        "_writer",
+        "disconnect",
+        "first_byte",
+        "latency",
+        "loop_hold",
+        "on_loop",
+        "other",
+        "queries",
+        "stages",
+    )
 
     def __init__(self, writer: Writer, route: str) -> None:
         self._writer = writer
@@ -37,12 +48,15 @@ class RouteSeries:
         self.loop_hold: Write = writer.histogram(catalog.LOOP_HOLD, route).observe
         self.queries: Write = writer.histogram(catalog.REQUEST_QUERIES, route).observe
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
-        self.on_loop: Write = self.stage(ON_LOOP)
-        self.other: Write = self.stage(OTHER)
+        self.stages: list[Write | None] = [None] * len(STAGES)
+        """The counters of the stages in which the route has had time."""
+        self.on_loop: Write = self.make_stage(ON_LOOP)
+        self.other: Write = self.make_stage(OTHER)
 
-    def stage(self, stage: int) -> Write:
+    def make_stage(self, stage: int) -> Write:
         """Return the counter of a stage, made when the route first has time there."""
-        return self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage]).inc
+        write = self.stages[stage] = self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage]).inc
+        return write
 
     def lifetime(self, kind: str) -> Write:
         """Return the histogram of stream lifetimes: kind sse or stream."""
