@@ -46,7 +46,8 @@ check: $(VENV)/.ready ## lint, types, and generated files that differ from their
 packs: $(VENV)/.ready ## write dashboards, rules and docs/metrics.md anew
 	@$(BIN)/python -m fastapi_headroom.pack
 
-bench: $(VENV)/.ready ## measure against peers, as ratios in one run
+bench: $(VENV)/.ready ## measure against peers, as ratios in one run (some minutes)
+	@$(BIN)/python -m demo_app servers
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove what make made
