@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_OFF,
     ALWAYS_ON,
@@ -62,6 +63,20 @@ class ByName(Sampler):
 
     def get_description(self) -> str:
         return "ByName"
+
+
+class Fixed(RandomIdGenerator):
+    """Gives one trace id."""
+
+    def __init__(self, trace_id: int) -> None:
+        self.trace_id = trace_id
+
+    def generate_trace_id(self) -> int:
+        return self.trace_id
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """Be an ASGI app."""
 
 
 class Setting:
@@ -341,6 +356,21 @@ async def test_a_gate_that_fails_stays_open(make: Any, monkeypatch: pytest.Monke
     assert [record.message.split(";")[0] for record in caplog.records if record.name == "fastapi_headroom"] == [
         "fastapi-headroom: sampling cannot be decided early"
     ]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.5, 1.0])
+def test_a_ratio_is_decided_as_the_sampler_itself_does(rate: float) -> None:
+    """For any trace id, also those on the edge, the gate and the SDK's sampler say the same."""
+    ratio = TraceIdRatioBased(rate)
+    edge = ratio.bound
+    for trace_id in (1, edge - 1, edge, edge + 1, (5 << 64) + edge, (5 << 64) + max(edge - 1, 0), (1 << 128) - 1):
+        provider = TracerProvider(sampler=ParentBased(ratio), id_generator=Fixed(trace_id))
+        tracer = provider.get_tracer("test")
+        said = ratio.should_sample(None, trace_id, "").decision is Decision.RECORD_AND_SAMPLE
+        assert (gate.Gate(tracer, nothing, nothing)._decide({"headers": []}) is None) is said
+        assert gate._decided.get() == (trace_id if said else None)
+        gate._decided.set(None)
+        provider.shutdown()
 
 
 async def test_the_users_provider_is_not_changed(make: Any) -> None:

@@ -99,6 +99,7 @@ class Gate:
     def __init__(self, tracer: Any, traced: ASGIApp, app: ASGIApp) -> None:
         self._tracer, self._untraced = tracer, app
         self.app = traced  # by this name FastAPI's own telemetry looks for the instrumentation, to stand aside
+        self._ratio: Any = _root_ratio(tracer.sampler)
         self._enabled: Callable[[], bool] = getattr(tracer, "_is_enabled", lambda: True)
         # The instrumentation lies below a ServerErrorMiddleware; its patterns may be those of an OTEL variable.
         excluded: Any = getattr(getattr(traced, "app", None), "excluded_urls", None)
@@ -135,24 +136,34 @@ class Gate:
             return None
         if self._excludes is not None and self._excludes(_url_parts(scope)[2]):
             return None
-        tracer, context = self._tracer, self._extract(scope)
+        context = self._extract(scope)
+        if context is not None:
+            parent = trace.get_current_span(context).get_span_context()
+            if parent.is_valid:
+                return self._below(parent, context)
+        tracer = self._tracer
         generator = tracer.id_generator
-        parent = None if context is None else trace.get_current_span(context).get_span_context()
-        if parent is None or not parent.is_valid:
-            trace_id: int = generator.generate_trace_id()
-            random = _RANDOM and getattr(generator, "is_trace_id_random", bool)()
+        trace_id: int = generator.generate_trace_id()
+        if self._ratio is None:
+            sampled = tracer.sampler.should_sample(_ROOT, trace_id, "", SpanKind.SERVER).decision.is_recording()
         else:
-            trace_id, random = parent.trace_id, _RANDOM and parent.trace_flags & _RANDOM
-        base = _ROOT if context is None else context  # never the current context by default: it is empty
-        result = tracer.sampler.should_sample(base, trace_id, "", SpanKind.SERVER)
-        if result.decision.is_recording():
-            if parent is None or not parent.is_valid:
-                _decided.set(trace_id)
+            sampled = trace_id & _LOW_64_BITS < self._ratio.bound  # what it would say, for less than its result costs
+        if sampled:
+            _decided.set(trace_id)
             return None
-        flags = _RANDOM_FLAGS if random else _NO_FLAGS
-        span_id = generator.generate_span_id()
-        span = UnsampledSpan(SpanContext(trace_id, span_id, False, flags, result.trace_state))
-        return trace.set_span_in_context(span, base)
+        flags = _RANDOM_FLAGS if _RANDOM and generator.is_trace_id_random() else _NO_FLAGS
+        span = UnsampledSpan(SpanContext(trace_id, generator.generate_span_id(), False, flags))
+        return trace.set_span_in_context(span, _ROOT if context is None else context)
+
+    def _below(self, parent: SpanContext, context: Context) -> Context | None:
+        """Decide for a request whose caller is part of a trace."""
+        result = self._tracer.sampler.should_sample(context, parent.trace_id, "", SpanKind.SERVER)
+        if result.decision.is_recording():
+            return None
+        span_id = self._tracer.id_generator.generate_span_id()
+        flags = TraceFlags(parent.trace_flags & _RANDOM)
+        span = UnsampledSpan(SpanContext(parent.trace_id, span_id, False, flags, result.trace_state))
+        return trace.set_span_in_context(span, context)
 
     def _extract(self, scope: Any) -> Context | None:
         """Return what the request's headers say of its context, None if they say nothing."""
@@ -171,6 +182,7 @@ class Gate:
 
 
 _ROOT = Context()
+_LOW_64_BITS = (1 << 64) - 1
 _NO_FLAGS = TraceFlags(TraceFlags.DEFAULT)
 _RANDOM_FLAGS = TraceFlags(_RANDOM)
 
@@ -181,6 +193,14 @@ def decides_early(tracer: Any) -> bool:
     if sdk is None or type(tracer) is not sdk.Tracer:
         return False
     return not sdk_counts_spans() and _is_simple(tracer.sampler)  # the spans that are dropped are counted too
+
+
+def _root_ratio(sampler: Any) -> Any:
+    """Return the sampler that decides by ratio for requests without a caller's trace, None if another does."""
+    from opentelemetry.sdk.trace import sampling
+
+    root = getattr(sampler, "_root", sampler) if isinstance(sampler, sampling.ParentBased) else sampler
+    return root if isinstance(root, sampling.TraceIdRatioBased) else None
 
 
 def _is_simple(sampler: Any) -> bool:
