@@ -14,6 +14,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
 from opentelemetry.instrumentation import propagators
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.instrumentation.sqlalchemy.engine import EngineTracer
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -273,11 +274,16 @@ async def test_nothing_is_decided_early_where_the_answer_could_differ(make: Any,
     assert setting.instrumented == 1
 
 
-async def test_statements_of_unsampled_requests_have_no_span(make: Any) -> None:
-    """Statements are traced exactly where their request is."""
+async def test_statements_of_unsampled_requests_have_no_span(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statements are traced exactly where their request is, and nothing is collected for the others."""
+    seen: list[str] = []
+    before = EngineTracer._before_cur_exec
+    monkeypatch.setattr(EngineTracer, "_before_cur_exec", lambda *args: (seen.append(args[3]), before(*args))[1])
     setting = make(ParentBasedTraceIdRatio(0.0))
     await setting.get("/query")
     assert setting.exporter.get_finished_spans() == ()
+    assert seen == []
+    assert not setting.engine.pool.dispatch.checkout, "the pool probe counts connections"
     await setting.get("/query", **parent("01"))
     statements = [span for span in setting.exporter.get_finished_spans() if span.kind is SpanKind.CLIENT]
     assert [span.parent.span_id for span in statements] == [setting.servers()[0].context.span_id]
