@@ -176,6 +176,12 @@ def otlp_protocol(environ: Mapping[str, str] | None = None) -> str:
     return named or "http/protobuf"
 
 
+def sdk_counts_spans(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether OpenTelemetry's SDK is told to count the spans that it starts, sampled or not."""
+    env = os.environ if environ is None else environ
+    return env.get("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "").strip().lower() == "true"
+
+
 def _problem(name: str, value: Any) -> str | None:
     try:
         _Plain(**{name: value})

@@ -24,6 +24,8 @@ class TracedApp:
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
         from opentelemetry.metrics import NoOpMeterProvider
 
+        from fastapi_headroom.tracing.gate import Gate, GatedProvider
+
         self.app = app
         self._instrumentor = FastAPIInstrumentor
         self._inner: Any = app.middleware_stack
@@ -36,11 +38,12 @@ class TracedApp:
             return self._inner
 
         app.build_middleware_stack = build_once
+        gated = GatedProvider(provider)
         try:
             FastAPIInstrumentor.instrument_app(
                 app,
                 server_request_hook=_stand_aside,
-                tracer_provider=provider,
+                tracer_provider=gated,
                 meter_provider=NoOpMeterProvider(),  # the request probe measures; twice would be waste
                 excluded_urls=excluded_urls,
                 exclude_spans=["receive", "send"],
@@ -48,6 +51,14 @@ class TracedApp:
         except BaseException:
             self._put_build_back()
             raise
+        build_traced: Callable[[], Any] = app.build_middleware_stack
+
+        def build_gated() -> Any:
+            traced = build_traced()
+            # Given the stack back as it is, when it is of a kind that the instrumentation does not know.
+            return traced if gated.tracer is None or traced is self._inner else Gate(gated.tracer, traced, self._inner)
+
+        app.build_middleware_stack = build_gated
         if app.middleware_stack is not None:
             app.middleware_stack = app.build_middleware_stack()
 

@@ -24,12 +24,13 @@ class EngineTracing:
 
     def __init__(self, provider: TracerProvider) -> None:
         """Attach. Raises ImportError without SQLAlchemy."""
-        from opentelemetry.instrumentation.sqlalchemy.engine import EngineTracer
         from opentelemetry.metrics import NoOpMeterProvider
         from sqlalchemy import event
         from sqlalchemy.engine import Engine
 
-        self._event, self._engine_class, self._tracer_class = event, Engine, cast(Any, EngineTracer)
+        from fastapi_headroom.tracing.statements import StatementTracer
+
+        self._event, self._engine_class, self._tracer_class = event, Engine, cast(Any, StatementTracer)
         self._tracer = provider.get_tracer("opentelemetry.instrumentation.sqlalchemy")
         # The pool probe counts connections; the instrumentation's own count goes nowhere.
         self._usage = NoOpMeterProvider().get_meter("fastapi_headroom").create_up_down_counter("unused")
