@@ -54,12 +54,12 @@ def test_recycled_workers_leave_no_files() -> None:
     options = ("--max-requests", "40", "--graceful-timeout", "5")
     with serve("gunicorn", APP, workers=2, options=options) as server:
         pids = {json.loads(server.get("/ping"))["pid"] for _ in range(10)}
-        total = 10
+        total, deadline = 10, time.monotonic() + 60  # how many requests fit into a replacement depends on the machine
         while len(pids) < 8:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 pids.add(json.loads(server.get("/ping"))["pid"])
                 total += 1
-            assert total < 2_000
+            assert time.monotonic() < deadline, f"{len(pids)} processes answered {total} requests"
         # A replaced worker may overlap with its successor while it ends.
         assert counted(server.directory) == total
         assert len(slots(server.directory)) <= 4
