@@ -12,6 +12,7 @@ from demo_app import jobs
 from demo_app.database import SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Mail
+from demo_app.paging import page_of
 from demo_app.schemas import Accepted, Campaign, MailOut, Page, PagingDep
 
 router = APIRouter(prefix="/mail", tags=["mail"])
@@ -33,12 +34,4 @@ async def start_campaign(campaign: Campaign) -> Accepted:
 @router.get("")
 async def list_mails(session: SessionDep, paging: PagingDep, recipient_id: int = Query(gt=0)) -> Page[MailOut]:
     """List the mails that a user was sent, a page at a time."""
-    query = (
-        select(Mail)
-        .where(Mail.recipient_id == recipient_id, Mail.id > paging.after)
-        .order_by(Mail.id)
-        .limit(paging.limit + 1)
-    )
-    mails = list(await session.scalars(query))
-    items = [MailOut.model_validate(mail) for mail in mails[: paging.limit]]
-    return Page(items=items, next_after=items[-1].id if len(mails) > paging.limit else None)
+    return await page_of(session, select(Mail).where(Mail.recipient_id == recipient_id), Mail.id, paging, MailOut)

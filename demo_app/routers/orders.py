@@ -15,6 +15,7 @@ from demo_app import jobs
 from demo_app.database import SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Order, OrderItem, Product, User
+from demo_app.paging import page_of
 from demo_app.schemas import OrderDetails, OrderIn, OrderOut, Page, PagingDep
 
 router = APIRouter(prefix="/orders", tags=["orders"])
@@ -23,15 +24,7 @@ router = APIRouter(prefix="/orders", tags=["orders"])
 @router.get("")
 async def list_orders(session: SessionDep, paging: PagingDep, user_id: int = Query(gt=0)) -> Page[OrderOut]:
     """List the orders of a user, a page at a time."""
-    query = (
-        select(Order)
-        .where(Order.user_id == user_id, Order.id > paging.after)
-        .order_by(Order.id)
-        .limit(paging.limit + 1)
-    )
-    orders = list(await session.scalars(query))
-    items = [OrderOut.model_validate(order) for order in orders[: paging.limit]]
-    return Page(items=items, next_after=items[-1].id if len(orders) > paging.limit else None)
+    return await page_of(session, select(Order).where(Order.user_id == user_id), Order.id, paging, OrderOut)
 
 
 @router.get("/{order_id}")

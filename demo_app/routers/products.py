@@ -15,6 +15,7 @@ from demo_app.cache import cache, client
 from demo_app.database import Session, SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Product
+from demo_app.paging import page_of
 from demo_app.schemas import Page, PagingDep, PriceChange, ProductDetails, ProductOut
 
 router = APIRouter(prefix="/products", tags=["products"])
@@ -25,10 +26,7 @@ async def list_products(session: SessionDep, paging: PagingDep) -> Page[ProductO
     """List products, a page at a time."""
     if strikes("loop_block", share=0.2):
         _ask_price_service()
-    query = select(Product).where(Product.id > paging.after).order_by(Product.id).limit(paging.limit + 1)
-    products = list(await session.scalars(query))
-    items = [ProductOut.model_validate(product) for product in products[: paging.limit]]
-    return Page(items=items, next_after=items[-1].id if len(products) > paging.limit else None)
+    return await page_of(session, select(Product), Product.id, paging, ProductOut)
 
 
 @router.get("/export")

@@ -9,6 +9,7 @@ from sqlalchemy.orm import selectinload
 from demo_app.database import SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Post, User
+from demo_app.paging import page_of
 from demo_app.schemas import Page, PagingDep, PostIn, PostOut, UserOut, UserWithPosts
 
 
@@ -24,16 +25,7 @@ router = APIRouter(prefix="/users", tags=["users"], dependencies=[Depends(_fail_
 @router.get("")
 async def list_users(session: SessionDep, paging: PagingDep) -> Page[UserWithPosts]:
     """List users with their posts: two statements, however many users (``selectinload``)."""
-    query = (
-        select(User)
-        .where(User.id > paging.after)
-        .order_by(User.id)
-        .limit(paging.limit + 1)
-        .options(selectinload(User.posts))
-    )
-    users = list(await session.scalars(query))
-    items = [UserWithPosts.model_validate(user) for user in users[: paging.limit]]
-    return Page(items=items, next_after=items[-1].id if len(users) > paging.limit else None)
+    return await page_of(session, select(User).options(selectinload(User.posts)), User.id, paging, UserWithPosts)
 
 
 @router.get("/{user_id}")
@@ -48,12 +40,7 @@ async def get_user(user_id: int, session: SessionDep) -> UserOut:
 @router.get("/{user_id}/posts")
 async def list_posts(user_id: int, session: SessionDep, paging: PagingDep) -> Page[PostOut]:
     """List what a user wrote, a page at a time."""
-    query = (
-        select(Post).where(Post.user_id == user_id, Post.id > paging.after).order_by(Post.id).limit(paging.limit + 1)
-    )
-    posts = list(await session.scalars(query))
-    items = [PostOut.model_validate(post) for post in posts[: paging.limit]]
-    return Page(items=items, next_after=items[-1].id if len(posts) > paging.limit else None)
+    return await page_of(session, select(Post).where(Post.user_id == user_id), Post.id, paging, PostOut)
 
 
 @router.post("/{user_id}/posts", status_code=status.HTTP_201_CREATED)

@@ -176,6 +176,7 @@ class Runtime:
                     self._start()
                 if kind != "lifespan":
                     self._trace()
+                    self.request.sample()
             except Exception:
                 log.exception(
                     "fastapi-headroom: could not start, this process is not measured; the app is not affected"
@@ -238,7 +239,6 @@ class Runtime:
         self._may_trace = True
         apps = [handle.app for handle in self.handles.values() if handle.app is not None]
         self.request.owns_tracing = self.tracing.start(*apps)
-        self.request.sample()
 
     def _sample(self, stopping: threading.Event) -> None:
         while not stopping.wait(self.settings.sample_interval):

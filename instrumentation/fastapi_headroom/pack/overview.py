@@ -13,10 +13,6 @@ _LEFT: panels.Steps = ((None, palette.BAD), (thresholds.REMAINING_LOW, palette.W
 _RESOURCE = "{{resource}} {{name}}"
 
 
-def _latency(q: float) -> str:
-    return promql.shown_quantile(q, catalog.REQUEST_LATENCY, ())
-
-
 def _left() -> str:
     return promql.by("min", ("resource", "name"), promql.shown(catalog.REMAINING))
 
@@ -66,7 +62,7 @@ def _first_row() -> Row:
                 "p99 latency",
                 "How long does the slowest request of a hundred take, as its client felt it?",
                 "s",
-                _latency(0.99),
+                request.latency(0.99),
                 steps=((None, palette.GOOD), (limit, palette.WARN), (2 * limit, palette.BAD)),
                 board=request.UID,
             ),
@@ -186,8 +182,7 @@ def _time_row() -> Row:
                     "Latency",
                     "Are requests fast enough? The dashed line is the objective; exemplars lead to a trace.",
                     "s",
-                    *(Query(_latency(q), f"p{q * 100:.0f}", exemplar=q == 0.99) for q in (0.5, 0.95, 0.99)),
-                    Query(f"vector({thresholds.LATENCY_THRESHOLD})", "objective"),
+                    *request.latencies(),
                     colours=palette.QUANTILES,
                     limits=("objective",),
                     board=request.UID,

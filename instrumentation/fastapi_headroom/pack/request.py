@@ -46,8 +46,15 @@ _ROUTE = ("http_route",)
 _STATUS = "http_response_status_code"
 
 
-def _latency(q: float) -> str:
-    return promql.shown_quantile(q, catalog.REQUEST_LATENCY, (), _ROUTES)
+def latency(q: float, *matchers: str) -> str:
+    """Return a quantile of the latency that clients felt."""
+    return promql.shown_quantile(q, catalog.REQUEST_LATENCY, (), *matchers)
+
+
+def latencies(*matchers: str) -> tuple[Query, ...]:
+    """Return the quantiles that are shown together, and the objective."""
+    quantiles = (Query(latency(q, *matchers), f"p{q * 100:.0f}", exemplar=q == 0.99) for q in (0.5, 0.95, 0.99))
+    return (*quantiles, Query(f"vector({thresholds.LATENCY_THRESHOLD})", "objective"))
 
 
 def requests(labels: tuple[str, ...], *matchers: str) -> str:
@@ -98,7 +105,7 @@ def _first_row() -> Row:
                 "Latency, p99",
                 "How long does the slowest request of a hundred take, as its client felt it?",
                 "s",
-                _latency(0.99),
+                latency(0.99, _ROUTES),
                 steps=(
                     (None, palette.GOOD),
                     (thresholds.LATENCY_THRESHOLD, palette.WARN),
@@ -236,8 +243,7 @@ def _red_row() -> Row:
                     "Latency",
                     "How long do requests take, as clients felt them? Exemplars lead to a trace.",
                     "s",
-                    *(Query(_latency(q), f"p{q * 100:.0f}", exemplar=q == 0.99) for q in (0.5, 0.95, 0.99)),
-                    Query(f"vector({thresholds.LATENCY_THRESHOLD})", "objective"),
+                    *latencies(_ROUTES),
                     colours=palette.QUANTILES,
                     limits=("objective",),
                 ),

@@ -18,6 +18,7 @@ from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.cache_rules import LOOKUPS, SKIPPED, TIMED, keys_of, of_broker
 from fastapi_headroom.probes.key_pattern import fold
+from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.redis_hooks import PIPELINE, RedisHooks, address_of, owner_of, queued_commands
 from fastapi_headroom.settings import Settings
@@ -26,7 +27,6 @@ from fastapi_headroom.store.writer import Counter, Histogram, Writer
 MAX_PATTERNS: Final = 100
 """Key patterns per cache; further ones are ``_OTHER``."""
 MAX_CACHES: Final = 20
-OTHER: Final = "_OTHER"
 _OPERATIONS: Final = {
     **{command: command.lower() for command in (*LOOKUPS, *TIMED)},
     **dict.fromkeys(SKIPPED, ""),

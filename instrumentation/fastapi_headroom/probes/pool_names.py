@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 MAX_NAMES: Final = 20
 """Pools that get a name of their own; an app that makes an engine per tenant has its further ones summed up."""
-OTHER: Final = "_OTHER"
 _LENGTH: Final = 80
 
 

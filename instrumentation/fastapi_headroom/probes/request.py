@@ -23,7 +23,8 @@ from fastapi_headroom.probes import routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
 from fastapi_headroom.probes.exchange import UNMATCHED, Exchange
-from fastapi_headroom.probes.request_series import METHODS, OTHER_VALUE, Table
+from fastapi_headroom.probes.names import OTHER
+from fastapi_headroom.probes.request_series import METHODS, Table
 from fastapi_headroom.probes.request_tasks import TaskHook
 from fastapi_headroom.probes.routes import SCOPE_KEY
 from fastapi_headroom.settings import Settings
@@ -161,7 +162,7 @@ class RequestProbe:
                 return
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
-            ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER_VALUE))
+            ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
             exchange = Exchange(table, self.guard, ledger, scope, receive, send)
             outer = current.get()
             current.set(ledger)

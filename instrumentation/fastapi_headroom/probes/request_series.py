@@ -11,12 +11,13 @@ from typing import Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import ON_LOOP, OTHER, STAGES
+from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
+from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.store.writer import Writer
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
 """Methods that are label values as they are; all others share ``_OTHER``."""
-OTHER_VALUE: Final = "_OTHER"
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
 WAIT_STAGES: Final = tuple(stage for stage in range(len(STAGES)) if stage not in (ON_LOOP, OTHER))
@@ -116,7 +117,7 @@ class Table:
         self._announced: set[str] = set()
         self._routes: dict[str, RouteSeries] = {}
         self._websockets: dict[str, WebSocketSeries] = {}
-        self._error_types: set[str] = set()
+        self._bounded = BoundedNames(MAX_ERROR_TYPES)
         self.responses: dict[tuple[str, str, int, str], ResponseSeries] = {}
         """By method, route, status and error type as the request has them."""
         self.count: Callable[[], None] = writer.counter(catalog.WORKER_REQUESTS, writer.worker).inc
@@ -161,7 +162,7 @@ class Table:
     def add_response(self, method: str, route: str, status: int, error_type: str) -> ResponseSeries:
         """Resolve a label set that is new here."""
         standard = isinstance(status, int) and 100 <= status <= 599
-        bounded = self._bound(error_type)
+        bounded = self._bounded(error_type) if error_type else ""
         outcome = "error" if error_type else "client_error" if standard and status >= 400 else "ok"
         labels = (method, route, str(status) if standard else OTHER_VALUE, bounded)
         key = (method, route, status if standard else 0, bounded)
@@ -169,11 +170,3 @@ class Table:
         if series is None:
             series = self.responses[key] = ResponseSeries(self._writer, self.add_route(route), labels, outcome)
         return series
-
-    def _bound(self, error_type: str) -> str:
-        if not error_type or error_type in self._error_types:
-            return error_type
-        if len(self._error_types) >= MAX_ERROR_TYPES:
-            return OTHER_VALUE
-        self._error_types.add(error_type)
-        return error_type

@@ -13,6 +13,7 @@ from typing import Any, Final
 from fastapi_headroom import catalog, ledger
 from fastapi_headroom.ledger import DB
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_series import HOLD_KEY
 from fastapi_headroom.store.writer import Histogram, Writer
@@ -48,12 +49,12 @@ class Statements:
         self.guard = guard
         self.writer: Writer | None = None
         self._handles: dict[tuple[str, str], Histogram] = {}
-        self._error_types: set[str] = set()
+        self._bounded = BoundedNames(MAX_ERROR_TYPES)
 
     def bind(self, writer: Writer | None) -> None:
         """Write to ``writer`` from now on, or nowhere."""
         self._handles = {}
-        self._error_types = set()
+        self._bounded = BoundedNames(MAX_ERROR_TYPES)
         self.writer = writer
 
     def attach(self, patches: Patches) -> None:
@@ -173,9 +174,5 @@ class Statements:
 
     def _histogram(self, system: str, operation: str, error: str) -> Histogram:
         assert self.writer is not None
-        if error and error not in self._error_types:
-            if len(self._error_types) >= MAX_ERROR_TYPES:
-                error = "_OTHER"
-            else:
-                self._error_types.add(error)
+        error = self._bounded(error) if error else ""
         return self.writer.histogram(catalog.DB_OPERATION_DURATION, _SYSTEMS.get(system, system), operation, error)
