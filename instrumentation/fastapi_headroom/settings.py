@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     tracing: bool = True
     """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
     keep_fastapi_telemetry: bool = False
-    """Leave FastAPI's own dormant telemetry on (it costs about 10 us of CPU per request)."""
+    """Leave FastAPI's own dormant telemetry on (it costs CPU on every request; see benchmarks/results.md)."""
 
     @field_validator("disable", "excluded_paths", mode="before")
     @classmethod
