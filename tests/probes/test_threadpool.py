@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import sys
 import threading
 import time
+import types
 
 import anyio
 import pytest
@@ -111,3 +114,32 @@ def test_entry_is_put_back() -> None:
 
     asyncio.run(main())
     assert vars(AsyncIOBackend)["run_sync_in_worker_thread"] is before
+
+
+def test_tokens_where_sniffio_is_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AnyIO asks sniffio, where that is installed, for the running library, and sniffio knows none outside a task."""
+
+    class NotFoundError(RuntimeError):
+        pass
+
+    def current() -> str:
+        if name := sniffio.current_async_library_cvar.get():
+            return name
+        if asyncio.current_task() is None:
+            raise NotFoundError
+        return "asyncio"
+
+    sniffio = types.SimpleNamespace(
+        current_async_library=current,
+        current_async_library_cvar=contextvars.ContextVar("library", default=""),
+        AsyncLibraryNotFoundError=NotFoundError,
+    )
+    monkeypatch.setitem(sys.modules, "sniffio", sniffio)
+    monkeypatch.setattr("anyio._core._eventloop.sniffio", sniffio)
+
+    async def main() -> None:
+        async with measured() as (writer, _):
+            await until(lambda: (TOKENS, (("state", "limit"),)) in writer.samples())
+            assert writer.value(TOKENS, state="limit") == 40
+
+    run(main())

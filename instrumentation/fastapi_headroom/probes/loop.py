@@ -174,6 +174,16 @@ class LoopProbe:
             gauge.set(value)
 
 
+def _name_library() -> None:
+    """Say in this context that the loop is asyncio's.
+
+    AnyIO asks sniffio, where that is installed, and sniffio recognises asyncio by the current task: here is none.
+    """
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:
+        sniffio.current_async_library_cvar.set("asyncio")
+
+
 class Heartbeat:
     """Calls itself on one loop and records how late it was called."""
 
@@ -184,6 +194,7 @@ class Heartbeat:
         self._each_second = each_second
         self._second_due = 0.0
         self._context = Context()  # an own, empty one: the request that started us must not live on in it
+        self._context.run(_name_library)
         self._handle: asyncio.TimerHandle | None = None
         self._stopped = False
         self.asleep = 0.0
