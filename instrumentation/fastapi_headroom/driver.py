@@ -21,12 +21,16 @@ class Driven(Coroutine[Any, Any, Any]):
     after the request has finished (background tasks) do not count.
     """
 
-    __slots__ = ("_coroutine", "_ledger", "_send")
+    __slots__ = ("__weakref__", "_coroutine", "_ledger", "_send")
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], ledger: Ledger) -> None:
-        self._coroutine = coroutine
         self._ledger = ledger
-        self._send = coroutine.send
+        try:
+            self._send = coroutine.send
+        except AttributeError:  # an app may return any awaitable, and one that returns none is to be told so
+            coroutine = _awaiting(coroutine)
+            self._send = coroutine.send
+        self._coroutine = coroutine
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self  # the iterator protocol of await: __next__, send, throw, close
@@ -84,3 +88,7 @@ class Driven(Coroutine[Any, Any, Any]):
     def __getattr__(self, name: str) -> Any:
         # Introspection (cr_frame, cr_await, __qualname__: Task.get_stack, anyio, debuggers) sees the coroutine itself.
         return getattr(self._coroutine, name)
+
+
+async def _awaiting(awaitable: Any) -> Any:
+    return await awaitable

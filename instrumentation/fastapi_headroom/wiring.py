@@ -109,11 +109,11 @@ class Handle:
         """What this process writes through; None until it serves."""
         return self._runtime.writer
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve as the measured app."""
         if self._measured is None:
             raise NotASGIError("this handle belongs to a job worker and serves no requests")
-        await self._measured(scope, receive, send)
+        return await self._measured(scope, receive, send)
 
     def shutdown(self) -> None:
         """Stop measuring this app; with the last one every patched thing is put back. Idempotent."""

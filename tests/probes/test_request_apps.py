@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from fastapi_headroom import settings
+from fastapi_headroom.ledger import current
 from fastapi_headroom.probes.exchange import Exchange
 from fastapi_headroom.probes.request import RequestProbe
 from tests.support.measured import DURATION, Measured
@@ -169,3 +171,50 @@ async def test_a_failing_hook_never_reaches_the_app(
     assert (await measured.get("/")).status_code == 404
     assert measured.value("headroom_probe_errors_total", probe="request") == 1
     assert measured.writer.value("headroom_probe_up", probe="request") == 0
+
+
+async def test_an_app_may_return_any_awaitable_and_value(measure: Callable[..., Measured]) -> None:
+    """A callable that returns a future is awaited; its value reaches the server; None is refused in Python's words."""
+    answers: list[Any] = []
+
+    def app(scope: Any, receive: Any, send: Any) -> Any:
+        answer = answers.pop()
+        return None if answer is None else asyncio.ensure_future(asyncio.sleep(0.001, answer))
+
+    measured = measure(app)
+    answers[:] = [None, "value"]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    assert await measured.app(dict(scope), None, None) == "value"
+    with pytest.raises(TypeError, match="await"):
+        await measured.app(dict(scope), None, None)
+    assert measured.value("headroom_worker_requests_total", worker="0") == 2
+
+
+async def test_an_abandoned_request_is_closed_inside_out(measure: Callable[..., Measured]) -> None:
+    """A server that throws a request's coroutine away runs the handler's clean-up; the request is counted, once."""
+    app, log = FastAPI(), []
+
+    async def resource() -> Any:
+        try:
+            yield
+        except BaseException as error:
+            log.append(f"dependency {type(error).__name__}")
+            raise
+
+    async def asgi(scope: Any, receive: Any, send: Any) -> None:
+        manager = contextlib.asynccontextmanager(resource)()
+        async with manager:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                log.append("handler")
+
+    app.mount("/hold", asgi)
+    measured = measure(app)
+    scope = {"type": "http", "method": "GET", "path": "/hold/", "headers": [], "query_string": b""}
+    coroutine = measured.app(scope, None, None)
+    coroutine.send(None)
+    coroutine.close()
+    assert log == ["handler", "dependency GeneratorExit"]
+    assert measured.value("headroom_worker_requests_total", worker="0") == 1
+    assert current.get() is None

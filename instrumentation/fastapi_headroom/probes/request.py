@@ -148,18 +148,16 @@ class RequestProbe:
         """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
         apps = self._apps
 
-        async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> None:  # noqa: N807
+        async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> Any:  # noqa: N807
             # A coroutine function, because servers ask whether it is one.
             measured = apps.get(id(app))
             if measured is None or SCOPE_KEY in scope:
-                await original(app, scope, receive, send)
-                return
+                return await original(app, scope, receive, send)
             if not self._served:
                 self._first_serve(scope["type"])
             table = self._table
             if table is None or scope["type"] != "http" or (self._excludes and self._is_excluded(scope)):
-                await self._serve_other(measured, original, app, scope, receive, send)
-                return
+                return await self._serve_other(measured, original, app, scope, receive, send)
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
             ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
@@ -167,7 +165,7 @@ class RequestProbe:
             outer = current.get()
             current.set(ledger)
             try:
-                await Driven(original(app, scope, exchange.receive, exchange.send), ledger)
+                return await Driven(original(app, scope, exchange.receive, exchange.send), ledger)
             except BaseException as error:
                 exchange.exit(error)
                 raise
@@ -181,7 +179,7 @@ class RequestProbe:
 
     async def _serve_other(
         self, measured: _Measured, original: Call, app: Any, scope: Any, receive: Any, send: Any
-    ) -> None:
+    ) -> Any:
         """Serve a lifespan, a WebSocket, an excluded path, or anything while the probe is off."""
         kind = scope["type"]
         if kind != "lifespan" and self._table is not None:
@@ -189,22 +187,21 @@ class RequestProbe:
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
             if kind == "websocket" and not self._is_excluded(scope):
-                await self._converse(self._table, original, app, scope, receive, send)
-                return
+                return await self._converse(self._table, original, app, scope, receive, send)
         try:
-            await original(app, scope, receive, send)
+            return await original(app, scope, receive, send)
         finally:
             if kind == "lifespan" and self._on_lifespan_end is not None:
                 self._guarded(self._on_lifespan_end)
 
-    async def _converse(self, table: Table, original: Call, app: Any, scope: Any, receive: Any, send: Any) -> None:
+    async def _converse(self, table: Table, original: Call, app: Any, scope: Any, receive: Any, send: Any) -> Any:
         ledger = scope[SCOPE_KEY] = Ledger()
         ledger.finished = True  # a WebSocket has no duration to split; hooks still learn the route
         conversation = Conversation(table, self.guard, ledger, receive, send)
         outer = current.get()
         current.set(ledger)
         try:
-            await original(app, scope, conversation.receive, conversation.send)
+            return await original(app, scope, conversation.receive, conversation.send)
         finally:
             current.set(outer)
             conversation.exit()
@@ -275,9 +272,9 @@ class Wrapper:
         self._app = app
         self._call = probe.measure(lambda _, scope, receive, send: app(scope, receive, send))
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one scope."""
-        await self._call(self, scope, receive, send)
+        return await self._call(self, scope, receive, send)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_app":  # a copy that is being made has none yet
