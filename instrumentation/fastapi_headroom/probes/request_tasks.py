@@ -7,7 +7,10 @@ the code behind one ``@app.middleware("http")`` would not be seen as ``on_loop``
 from __future__ import annotations
 
 import asyncio
+import inspect
+from asyncio import base_events
 from collections.abc import Callable, Coroutine
+from types import CoroutineType
 from typing import Any
 
 from fastapi_headroom.driver import Driven
@@ -42,15 +45,47 @@ class TaskHook:
 
 
 def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Any:
-    return asyncio.Task(coroutine, loop=loop, **options)
+    task: Any = asyncio.Task(coroutine, loop=loop, **options)
+    if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
+        while stack and stack[-1].filename == __file__:
+            stack.pop()
+        if stack and stack[-1].filename == base_events.__file__:
+            stack.pop()
+    return task
+
+
+def _driven(coroutine: Any, options: dict[str, Any]) -> Any:
+    """Return what a task is to run: the coroutine, driven if it belongs to a request that goes on."""
+    context = options.get("context")
+    ledger = current.get() if context is None else context.get(current)
+    if ledger is None or ledger.finished:
+        return coroutine
+    kind = type(coroutine)
+    if kind is CoroutineType or (kind is not Driven and asyncio.iscoroutine(coroutine)):
+        return Driven(coroutine, ledger)
+    return coroutine  # what is no coroutine the task refuses, in its own words
 
 
 def _factory(make: Factory) -> Factory:
     def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-        context = options.get("context")
-        ledger = current.get() if context is None else context.get(current)
-        if ledger is not None and not ledger.finished and type(coroutine) is not Driven:
-            coroutine = Driven(coroutine, ledger)
-        return make(loop, coroutine, **options)
+        return make(loop, _driven(coroutine, options), **options)
 
-    return create
+    return _eager(make) or create
+
+
+def _eager(make: Factory) -> Factory | None:
+    """Return an eager task factory in place of one, None for any other.
+
+    AnyIO recognises an eager factory by its code and has the constructor within make its tasks, because they must
+    not start before it knows them: ours has to be recognised as well.
+    """
+    eager = getattr(asyncio, "eager_task_factory", None)  # Python 3.12 and later
+    if eager is None or getattr(make, "__code__", None) is not eager.__code__:
+        return None
+    construct = inspect.getclosurevars(make).nonlocals["custom_task_constructor"]
+
+    def constructor(coroutine: Any, **options: Any) -> Any:
+        return construct(_driven(coroutine, options), **options)
+
+    factory: Factory = asyncio.create_eager_task_factory(constructor)  # type: ignore[attr-defined]
+    return factory
