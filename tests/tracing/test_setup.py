@@ -203,6 +203,22 @@ async def test_an_app_and_an_engine_that_the_user_instrumented_are_not_doubled(
         EngineTracer.remove_all_event_listeners()
 
 
+@pytest.mark.parametrize("module", ["starlette.middleware.opentelemetry", "opentelemetry.instrumentation.asgi"])
+async def test_an_app_with_a_tracing_middleware_of_the_user_is_not_doubled(
+    traces: Traces, tracing: Tracing, module: str
+) -> None:
+    """An OpenTelemetryMiddleware that the user added, Starlette's or OpenTelemetry's own, makes the one server span."""
+    middleware = pytest.importorskip(module).OpenTelemetryMiddleware
+    app = Starlette(routes=[Route("/x/{id}", lambda request: Response("x"))])
+    app.add_middleware(middleware, tracer_provider=traces.provider)
+    assert tracing.start(app)
+    assert await get(app, "/x/1") == 200
+    assert len(traces.finished(SpanKind.SERVER)) == 1
+    assert {span.instrumentation_scope.name for span in traces.finished()} == {
+        module.removesuffix(".middleware.opentelemetry")
+    }
+
+
 async def test_fastapi_telemetry_with_a_provider_of_its_own_is_left_alone(traces: Traces, tracing: Tracing) -> None:
     """An app that the user gave another provider through FastAPI is not instrumented."""
     own = Traces()

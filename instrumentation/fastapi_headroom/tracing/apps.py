@@ -84,8 +84,16 @@ def can_be_traced(app: Any) -> bool:
     """Return whether the app is FastAPI's or Starlette's and has no server span by the user's own doing."""
     if not hasattr(app, _BUILD) or getattr(app, "_is_instrumented_by_opentelemetry", False):
         return False
+    if any(_makes_server_spans(middleware.cls) for middleware in getattr(app, "user_middleware", ())):
+        return False
     own = getattr(app, "_telemetry", None)  # FastAPI(telemetry={"tracer_provider": ...})
     return not (isinstance(own, dict) and own.get("tracer_provider") is not None)
+
+
+def _makes_server_spans(middleware: Any) -> bool:
+    """Return whether a middleware is Starlette's or OpenTelemetry's own for server spans."""
+    name, module = getattr(middleware, "__name__", ""), getattr(middleware, "__module__", "")
+    return name == "OpenTelemetryMiddleware" and module.startswith(("starlette.", "opentelemetry."))
 
 
 def excluded_urls(paths: tuple[str, ...]) -> str | None:
