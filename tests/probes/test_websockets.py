@@ -48,6 +48,10 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Shut the server down."""
         self.server.should_exit = True
         self._thread.join()
 
@@ -114,10 +118,10 @@ def test_every_end_has_its_reason(measure: Callable[..., Measured], implementati
                 client.recv(timeout=5)
             ended(reason)
         for code, reason in ((1000, "normal"), (1001, "normal"), (4000, "normal"), (1002, "abnormal")):
-            client = served.connect("/rooms/1")
-            client.send("hello")
-            assert client.recv(timeout=5) == "hello"
-            client.close(code)
+            with served.connect("/rooms/1") as client:
+                client.send("hello")
+                assert client.recv(timeout=5) == "hello"
+                client.close(code)
             ended(reason)
     assert measured.nonzero(OPEN) == {}
     assert measured.value("headroom_stream_lifetime_seconds_count", http_route="/rooms/{room}", kind="websocket") == 9
@@ -137,10 +141,10 @@ def test_a_client_that_vanishes_is_an_end(measure: Callable[..., Measured], impl
     told = implementation == "websockets"  # the others report 1005, as after a close without a code
     with Served(measured.app, implementation) as served:
         for number, word in enumerate(("hello", "endless"), 1):
-            client = served.connect("/rooms/1")
-            client.send(word)
-            client.recv(timeout=5)
-            vanish(client)
+            with served.connect("/rooms/1") as client:
+                client.send(word)
+                client.recv(timeout=5)
+                vanish(client)
             eventually(lambda number=number: sum(measured.nonzero(CLOSES).values()) == number)
     found = {reason: count for (_, reason), count in measured.nonzero(CLOSES).items()}
     assert "error" not in found
@@ -155,14 +159,13 @@ def test_a_server_that_stops_ends_its_websockets(
 ) -> None:
     """What a shutdown closes is counted, as no error."""
     measured = measure(make_app())
-    with Served(measured.app, implementation) as served:
-        client = served.connect("/rooms/1")
+    with Served(measured.app, implementation) as served, served.connect("/rooms/1") as client:
         client.send("hello")
         client.recv(timeout=5)
+        served.stop()
     assert sum(measured.nonzero(CLOSES).values()) == 1
     assert ("/rooms/{room}", "error") not in measured.nonzero(CLOSES)
     assert measured.nonzero(OPEN) == {}
-    client.close()
 
 
 def test_mounted_websockets_have_their_whole_template(measure: Callable[..., Measured]) -> None:
