@@ -74,8 +74,9 @@ def describe(ledger: Ledger) -> bytes:
     if ledger.stepping:
         seconds[ON_LOOP] += open_since
     else:  # sent from outside the request's own steps, as from another thread
-        for stage in ledger.waits:
-            seconds[stage] += open_since / len(ledger.waits)
+        waits = tuple(ledger.waits)  # a thread may close one meanwhile
+        for stage in waits:
+            seconds[stage] += open_since / len(waits)
     total = now - ledger.started
     seconds[OTHER] = max(0.0, total - sum(seconds) + seconds[ACCEPT_QUEUE] + seconds[OTHER])
     notes = {DB: _counted(ledger.queries, "query", "queries"), CACHE: _counted(ledger.cache_calls, "call", "calls")}
