@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, WebSocket, WebSocketException
+from fastapi import FastAPI, Response, WebSocket, WebSocketException
 from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -69,6 +69,9 @@ def make_app() -> FastAPI:
         if room == "refused":
             await websocket.close(1008)
             return
+        if room == "denied":
+            await websocket.send_denial_response(Response("no", 401))
+            return
         if room == "forgotten":
             return
         if room == "broken":
@@ -102,9 +105,14 @@ def test_every_end_has_its_reason(measure: Callable[..., Measured], implementati
         eventually(lambda: measured.nonzero(CLOSES) == expected)
 
     with Served(measured.app, implementation) as served:
-        for path, reason in (("/rooms/refused", "rejected"), ("/rooms/forgotten", "error"), ("/rooms/broken", "error")):
+        for room, reason in (
+            ("refused", "rejected"),
+            ("denied", "rejected"),
+            ("forgotten", "error"),
+            ("broken", "error"),
+        ):
             with pytest.raises(InvalidStatus):
-                served.connect(path)
+                served.connect(f"/rooms/{room}")
             ended(reason)
         for word, reason in (
             ("raise", "error"),
