@@ -67,8 +67,8 @@ def test_the_header_says_where_the_time_went(measure: Callable[..., Measured]) -
     assert values[0] == "render;dur=7"
     assert len(values) == 2
     found = stages(values[1])
-    assert 20 <= found["on_loop"] < 120
-    assert 28 <= found["db"] < 130
+    assert 20 <= found["on_loop"] < 500
+    assert 28 <= found["db"] < 500
     assert re.search(r'db;dur=[0-9.]+;desc="3 queries"', values[1])
     assert 'cache;dur=0.00;desc="1 call"' in values[1]
     assert sum(found.values()) - found["total"] == pytest.approx(found["total"], abs=0.1)
