@@ -121,6 +121,14 @@ WEBSOCKET_CONNECTIONS = _gauge(
 WEBSOCKET_MESSAGES = _counter(
     "headroom_websocket_messages_total", "request", (_ROUTE, "direction"), "WebSocket messages.", "messages"
 )
+WEBSOCKET_CLOSES = _counter(
+    "headroom_websocket_closes_total",
+    "request",
+    (_ROUTE, "reason"),
+    "Ends of WebSockets, by reason: normal, abnormal (cut off, or the client closed with an error), error (the app "
+    "raised, or closed with an error) or rejected (not accepted, or closed for what the client sent).",
+    "connections",
+)
 STREAM_LIFETIME = _histogram(
     "headroom_stream_lifetime_seconds",
     "request",
@@ -151,6 +159,13 @@ REQUEST_DISCONNECTS = _counter(
     (_ROUTE,),
     "Requests whose client went away before the response was complete.",
     "requests",
+)
+COMPRESSIBLE_BYTES = _counter(
+    "headroom_response_compressible_bytes_total",
+    "request",
+    (_ROUTE,),
+    "Bytes of text bodies over 1 kB sent without Content-Encoding to clients that accept one.",
+    "bytes",
 )
 
 # --------------------------------------------------------------------- pool

@@ -14,9 +14,9 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fastapi_headroom.errors import SettingsError
@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     """Probes to leave off: any of request, pool, cache, loop, queue, runtime."""
     excluded_paths: Words = ()
     """Paths that are served without being measured, such as /healthz. Exact, or a prefix that ends in ``*``."""
+    server_timing: Literal["never", "always"] = "never"
+    """Whether every response tells in ``Server-Timing`` where its time went. It shows insides to whoever asks."""
+    server_timing_secret: SecretStr = SecretStr("")
+    """Requests that show this in ``X-Headroom-Timing`` get ``Server-Timing``; at least 16 visible ASCII characters."""
     sample_interval: float = Field(default=1.0, gt=0.01, le=60)
     """Seconds between two samples of gauges."""
     block_threshold: float = Field(default=0.1, ge=0.02, le=60)
@@ -84,6 +88,31 @@ class Settings(BaseSettings):
     def _split_urls(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(word for word in re.split(r"\s+|,(?=[\w+]+://)", value) if word)
+        return value
+
+    @field_validator("excluded_paths")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not path.startswith("/"):
+                raise ValueError(f"{path!r} is no path: paths start with /, such as /healthz or /internal/*")
+            if "*" in path[:-1]:
+                raise ValueError(f"{path!r} has a * that is not at its end: only a prefix can be excluded")
+        return value
+
+    @field_validator("server_timing", mode="before")
+    @classmethod
+    def _always_or_never(cls, value: Any) -> Any:
+        if value not in ("always", "never"):
+            raise ValueError("it is always or never; for single requests set HEADROOM_SERVER_TIMING_SECRET")
+        return value
+
+    @field_validator("server_timing_secret")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr) -> SecretStr:
+        text = value.get_secret_value()
+        if text and (len(text) < 16 or not all("!" <= character <= "~" for character in text)):
+            raise ValueError("a secret has at least 16 visible ASCII characters; `openssl rand -hex 16` makes one")
         return value
 
     @field_validator("disable")
@@ -121,14 +150,14 @@ def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings
         elif name == "directory" and not text:
             continue  # as compose files leave what is unset; it would be the working directory
         elif (problem := _problem(name, text)) is not None:
-            log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, text, problem)
+            log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, _shown(name, text), problem)
         else:
             values[name] = text
     for name, value in arguments.items():
         if name not in Settings.model_fields:
             raise SettingsError(f"init() has no setting {name!r}{_suggest(name)}")
         if (problem := _problem(name, value)) is not None:
-            raise SettingsError(f"setting {name}={value!r} cannot be used: {problem}")
+            raise SettingsError(f"setting {name}={_shown(name, value)!r} cannot be used: {problem}")
     return _Plain(**(values | arguments))
 
 
@@ -188,6 +217,11 @@ def _problem(name: str, value: Any) -> str | None:
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return None
+
+
+def _shown(name: str, value: Any) -> Any:
+    """Return what a message may say of a value: a secret stays one when it is wrong, too."""
+    return "***" if Settings.model_fields[name].annotation is SecretStr else value
 
 
 def _suggest(name: str, prefix: str = "", *, upper: bool = False) -> str:

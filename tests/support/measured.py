@@ -69,9 +69,14 @@ class Measured:
 
 
 @contextmanager
-def uvicorn_serving(app: Any, loop: Literal["auto", "asyncio", "uvloop"] = "auto") -> Iterator[int]:
+def uvicorn_serving(
+    app: Any, loop: Literal["auto", "asyncio", "uvloop"] = "auto", *, root_path: str = ""
+) -> Iterator[int]:
     """Serve an app by uvicorn on a thread; yield the port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, loop=loop, log_level="critical", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app, port=0, loop=loop, root_path=root_path, log_level="critical", timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

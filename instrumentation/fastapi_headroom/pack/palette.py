@@ -11,6 +11,7 @@ STATUS = {"2xx": "green", "3xx": "yellow", "4xx": "blue", "5xx": "red", "1xx": Q
 OUTCOMES = {"ok": "green", "client_error": "blue", "error": "red"}
 QUANTILES = {"p50": "green", "p95": "orange", "p99": "red", "max": "dark-red"}
 CACHE_RESULTS = {"hit": "green", "stale": "yellow", "miss": "orange", "error": "red"}
+CLOSES = {"normal": "green", "abnormal": "orange", "error": "red", "rejected": "blue"}
 CAUSES = {
     "python": "blue",
     "native": "purple",

@@ -281,7 +281,16 @@ def _table_row() -> Row:
     every = total(catalog.REQUESTS)
     seconds = total(catalog.REQUEST_DURATION, suffix="_sum")
     all_seconds = promql.by("sum", (), promql.total(catalog.REQUEST_DURATION, suffix="_sum"))
-    p95 = promql.shown_quantile(0.95, catalog.REQUEST_LATENCY, _ROUTE, _ROUTES, window="$__range")
+    slow = ((None, palette.GOOD), (thresholds.LATENCY_THRESHOLD, palette.BAD))
+    quantiles = tuple(
+        Column(
+            f"p{q * 100:.0f}",
+            promql.shown_quantile(q, catalog.REQUEST_LATENCY, _ROUTE, _ROUTES, window="$__range"),
+            "s",
+            steps=slow,
+        )
+        for q in (0.5, 0.95, 0.99)
+    )
     queries = (
         f"{total(catalog.REQUEST_QUERIES, suffix='_sum')} / ({total(catalog.REQUEST_QUERIES, suffix='_count')} > 0)"
     )
@@ -299,14 +308,15 @@ def _table_row() -> Row:
                     "Routes in the time shown",
                     (
                         "Which route is worth tuning first? The share of time says where the app's time goes; a "
-                        "click on a route shows it alone."
+                        "click on a route shows it alone, with its stages. A p99 far above the p50 is a wait, or a "
+                        "second kind of request; both high is the route's own work."
                     ),
                     {"http_route": "Route"},
                     Column("Requests", f"{every} > 0", "short"),
                     Column(
                         "Share of time", f"{seconds} / on () group_left () {all_seconds}", "percentunit", 1, bar=True
                     ),
-                    Column("p95", p95, "s", steps=((None, palette.GOOD), (thresholds.LATENCY_THRESHOLD, palette.BAD))),
+                    *quantiles,
                     Column(
                         "Errors",
                         f"{total(catalog.REQUESTS, _ERROR)} / ({every} > 0)",
@@ -331,7 +341,9 @@ def _table_row() -> Row:
                     links={"Route": link("headroom-request")},
                     widths={
                         "Requests": 110,
-                        "p95": 110,
+                        "p50": 90,
+                        "p95": 90,
+                        "p99": 90,
                         "Errors": 110,
                         "Pool wait": 120,
                         "Loop hold p99": 130,
@@ -354,6 +366,8 @@ def _details_row() -> Row:
     sockets = promql.by("sum", _ROUTE, promql.shown(catalog.WEBSOCKET_CONNECTIONS, _ROUTES))
     messages = promql.by("sum", ("direction",), promql.flow(catalog.WEBSOCKET_MESSAGES, _ROUTES))
     streams = promql.by("sum", ("kind",), promql.flow(catalog.STREAM_LIFETIME, _ROUTES, suffix="_count"))
+    ends = promql.by("sum", ("reason",), promql.flow(catalog.WEBSOCKET_CLOSES, _ROUTES))
+    plain = promql.by("sum", _ROUTE, promql.flow(catalog.COMPRESSIBLE_BYTES, _ROUTES))
     first_byte = promql.shown_quantile(0.95, catalog.TIME_TO_FIRST_BYTE, _ROUTE, _ROUTES)
     return Row(
         "Details",
@@ -408,6 +422,18 @@ def _details_row() -> Row:
                     ),
                 ),
                 panels.lines(
+                    "Text sent uncompressed",
+                    (
+                        "How many bytes of text go out plain to clients that take compressed ones? A proxy in front "
+                        "may compress them already; if none does, GZipMiddleware saves most of them."
+                    ),
+                    "Bps",
+                    Query(promql.or_zero(f"({promql.top(plain)} > 0)", "http_route"), "{{http_route}}"),
+                ),
+            ),
+            *across(
+                7,
+                panels.lines(
                     "Streams and WebSockets",
                     (
                         "How many WebSockets are open, and how many streams end per second? They are left out of the "
@@ -422,6 +448,17 @@ def _details_row() -> Row:
                     "How many messages go in and out?",
                     "ops",
                     Query(promql.or_zero(messages, "direction"), "{{direction}}"),
+                ),
+                panels.lines(
+                    "Ends of WebSockets",
+                    (
+                        "How do WebSockets end? Red is the app's own error, orange a connection that was cut off, blue "
+                        "a client that was refused."
+                    ),
+                    "ops",
+                    Query(promql.or_zero(ends, "reason"), "{{reason}}"),
+                    colours=palette.CLOSES,
+                    stacked=True,
                 ),
             ),
         ),

@@ -8,7 +8,7 @@ response that merely comes in pieces is an ordinary one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from typing import Any, Final
 
@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect
 
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.compressible import SMALLEST, compressible
+from fastapi_headroom.probes.headers import Headers, header, length
 from fastapi_headroom.probes.request_series import WAIT_STAGES, ResponseSeries, Table
 from fastapi_headroom.tracing import spans
 
@@ -30,17 +32,14 @@ CLIENT_CLOSED_REQUEST: Final = 499
 INCOMPLETE: Final = "IncompleteResponse"
 """Error type of an app that returned in the middle of its response."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "QUERY"})
+_FILES: Final = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
+"""Messages with which an app leaves a file to the server to send (extensions of the ASGI specification)."""
+_DIGITS: Final = 15
+"""Digits of a Content-Length that is believed: less than 1 PB."""
+_UNREAD_DIGITS: Final = 10
+"""The same of a request whose body nobody read: a client can write what it likes."""
 
 Message = MutableMapping[str, Any]
-Headers = Iterable[tuple[bytes, bytes]]
-
-
-def header(headers: Headers, name: bytes) -> bytes | None:
-    """Return the first value of a header; names in ASGI are lower case, but apps may send others."""
-    for key, value in headers:
-        if key == name or (len(key) == len(name) and key.lower() == name):
-            return value
-    return None
 
 
 class Exchange:
@@ -120,7 +119,7 @@ class Exchange:
             headers = message.get("headers")
             if type(headers) is list:  # any other iterable could be read once only, and that is for the server
                 self.headers = headers
-        elif kind == "http.response.pathsend":
+        elif kind in _FILES:
             return self._send_file(message)
         return self._send(message)
 
@@ -143,11 +142,18 @@ class Exchange:
             self._guard.failed(error)
 
     async def _send_file(self, message: Message) -> None:
-        self._count()
-        await self._send(message)
+        last = not message.get("more_body", False)
+        if last:
+            self._count()
         try:
-            self.sent = int(header(self.headers, b"content-length") or 0)
-            self.complete()
+            await self._send(message)
+        except OSError:
+            self.disconnected = True
+            raise
+        try:
+            self.sent += message.get("count") or length(self.headers, _DIGITS)
+            if last:
+                self.complete()
         except Exception as error:
             self._guard.failed(error)
 
@@ -166,6 +172,8 @@ class Exchange:
                 key = (self.ledger.method, route, status, "")
                 series = self._series = self._table.responses.get(key) or self._table.add_response(*key)
                 series.outcome(1.0)
+            elif self.disconnected:
+                return  # nobody is there to see it, and it may be an error for the sole reason that the client went
             else:  # of which exception it is comes later
                 self._table.failure(route)(1.0)
             self.counted = True
@@ -193,6 +201,11 @@ class Exchange:
             if not whole:
                 self.duration = self.ledger.finish(perf_counter())
                 self._leave()
+                if (
+                    self.began and not self.several
+                ):  # what is left open after its start: a stream's first event never came
+                    self.several = True
+                    self._stream_begins()
             self.recorded = True
             self.record(self._error_type(error, whole))
         except Exception as failure:
@@ -214,7 +227,8 @@ class Exchange:
         return str(self.status) if whole or not self.began else INCOMPLETE
 
     def _gone(self) -> str:
-        self.status = self.status or CLIENT_CLOSED_REQUEST
+        if not 0 < self.status < 500:  # 5xx: the answer that a middleware gave in place of one, to nobody
+            self.status = CLIENT_CLOSED_REQUEST
         return ""
 
     def route(self) -> str:
@@ -237,7 +251,7 @@ class Exchange:
             key = (ledger.method, ledger.route or self.route(), self.status, error_type)
             series = table.responses.get(key) or table.add_response(*key)
         by_route = series.route
-        kind = self._stream_kind() if self.several else ""
+        kind = self._stream_kind() if self.several or self.duration > STREAM_AFTER else ""
         if kind:
             by_route.lifetime(kind)(ledger.started + self.duration - self.began)
         else:
@@ -253,7 +267,7 @@ class Exchange:
                 for stage in WAIT_STAGES:
                     if amount := seconds[stage]:
                         (stages[stage] or by_route.make_stage(stage))(amount)
-        if self.began and kind != "sse":
+        if self.began and (kind != "sse" or not self.several):
             by_route.first_byte(self.began - ledger.started)
         by_route.loop_hold(ledger.longest_step)
         by_route.queries(ledger.queries)
@@ -266,13 +280,16 @@ class Exchange:
         table.count()
         if self.disconnected:
             by_route.disconnect(1.0)
+        if self.sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self.headers):
+            by_route.compressible(self.sent)
 
     def _announced(self) -> int:
         # A body that nobody read.
-        value = header(self._scope["headers"], b"content-length")
-        return int(value) if value and value.isdigit() else 0
+        return 0 if self.disconnected else length(self._scope["headers"], _UNREAD_DIGITS)
 
     def _stream_kind(self) -> str:
+        if not self.began:
+            return ""
         if self._is_event_stream():
             return "sse"
         lifetime = self.ledger.started + self.duration - self.began

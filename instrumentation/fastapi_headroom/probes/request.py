@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar
 
 from fastapi import FastAPI
+from starlette._utils import get_route_path
 from starlette.applications import Starlette
 
 from fastapi_headroom import catalog
@@ -22,11 +23,12 @@ from fastapi_headroom.ledger import Ledger, current
 from fastapi_headroom.probes import routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
-from fastapi_headroom.probes.exchange import UNMATCHED, Exchange
+from fastapi_headroom.probes.exchange import UNMATCHED
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.request_series import METHODS, Table
 from fastapi_headroom.probes.request_tasks import TaskHook
 from fastapi_headroom.probes.routes import SCOPE_KEY
+from fastapi_headroom.probes.server_timing import exchange_class
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 
@@ -147,6 +149,7 @@ class RequestProbe:
     def measure(self, original: Call) -> Call:
         """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
         apps = self._apps
+        make_exchange = exchange_class(self._settings)
 
         async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> Any:  # noqa: N807
             # A coroutine function, because servers ask whether it is one.
@@ -161,7 +164,7 @@ class RequestProbe:
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
             ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
-            exchange = Exchange(table, self.guard, ledger, scope, receive, send)
+            exchange = make_exchange(table, self.guard, ledger, scope, receive, send)
             outer = current.get()
             current.set(ledger)
             try:
@@ -201,13 +204,23 @@ class RequestProbe:
         outer = current.get()
         current.set(ledger)
         try:
-            return await original(app, scope, conversation.receive, conversation.send)
+            result = await original(app, scope, conversation.receive, conversation.send)
+        except BaseException as error:
+            conversation.exit(error)
+            raise
+        else:
+            conversation.exit(None)
+            return result
         finally:
             current.set(outer)
-            conversation.exit()
 
     def _is_excluded(self, scope: Any) -> bool:
-        path = scope.get("path", "")
+        if self._names(scope.get("path", "")):
+            return True
+        # Servers that are told a root path put it before the path; routes, and people, know the rest.
+        return bool(scope.get("root_path")) and self._names(get_route_path(scope))
+
+    def _names(self, path: str) -> bool:
         return path in self._excluded or (bool(self._excluded_prefixes) and path.startswith(self._excluded_prefixes))
 
     def _first_serve(self, kind: str) -> None:

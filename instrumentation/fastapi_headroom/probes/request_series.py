@@ -18,8 +18,10 @@ from fastapi_headroom.store.writer import Writer
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
 """Methods that are label values as they are; all others share ``_OTHER``."""
+_BODYLESS: Final = frozenset({"204", "304"})
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
+CLOSE_REASONS: Final = ("normal", "abnormal", "error", "rejected")
 WAIT_STAGES: Final = tuple(stage for stage in range(len(STAGES)) if stage not in (ON_LOOP, OTHER))
 
 Write = Callable[[float], None]
@@ -31,6 +33,7 @@ class RouteSeries:
     __slots__ = (
         "_route",
         "_writer",
+        "compressible",
         "disconnect",
         "first_byte",
         "latency",
@@ -49,6 +52,7 @@ class RouteSeries:
         self.loop_hold: Write = writer.histogram(catalog.LOOP_HOLD, route).observe
         self.queries: Write = writer.histogram(catalog.REQUEST_QUERIES, route).observe
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
+        self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
         self.stages: list[Write | None] = [None] * len(STAGES)
         """The counters of the stages in which the route has had time."""
         self.on_loop: Write = self.make_stage(ON_LOOP)
@@ -70,12 +74,14 @@ class ResponseSeries:
     __slots__ = ("_histogram", "_writer", "duration", "labels", "outcome", "request_size", "response_size", "route")
 
     def __init__(self, writer: Writer, route: RouteSeries, labels: tuple[str, str, str, str], outcome: str) -> None:
-        method, template, _, _ = self.labels = labels
+        method, template, status, _ = self.labels = labels
         self._writer = writer
         self.route = route
         self.duration: Write | None = None
         self.outcome: Write = writer.counter(catalog.REQUESTS, template, outcome).inc
-        self.response_size: Write = writer.histogram(catalog.RESPONSE_BODY_SIZE, method, template).observe
+        size: Write = writer.histogram(catalog.RESPONSE_BODY_SIZE, method, template).observe
+        # Apps hand over a body here too, and servers drop it.
+        self.response_size: Write = (lambda _: size(0.0)) if method == "HEAD" or status in _BODYLESS else size
         self.request_size: Write | None = None
 
     def make_duration(self) -> Write:
@@ -97,7 +103,7 @@ class ResponseSeries:
 class WebSocketSeries:
     """What is kept per WebSocket route."""
 
-    __slots__ = ("closed", "lifetime", "opened", "received", "sent")
+    __slots__ = ("closed", "ended", "lifetime", "opened", "received", "sent")
 
     def __init__(self, writer: Writer, route: str) -> None:
         connections = writer.gauge(catalog.WEBSOCKET_CONNECTIONS, route)
@@ -106,6 +112,9 @@ class WebSocketSeries:
         self.received: Callable[[], None] = writer.counter(catalog.WEBSOCKET_MESSAGES, route, "received").inc
         self.sent: Callable[[], None] = writer.counter(catalog.WEBSOCKET_MESSAGES, route, "sent").inc
         self.lifetime: Write = writer.histogram(catalog.STREAM_LIFETIME, route, "websocket").observe
+        self.ended: dict[str, Callable[[], None]] = {
+            reason: writer.counter(catalog.WEBSOCKET_CLOSES, route, reason).inc for reason in CLOSE_REASONS
+        }
 
 
 class Table:
