@@ -257,6 +257,13 @@ LOOP_BLOCKED = _counter(
 LOOP_BLOCKS = _counter(
     "headroom_event_loop_blocks_total", "loop", ("site", "cause"), "How often the loop was blocked.", "blocks"
 )
+BLOCKING_CALLS = _counter(
+    "headroom_blocking_calls_total",
+    "loop",
+    ("kind", "site"),
+    "Blocking calls made on the event loop: sync_db, sync_redis, sync_http, sleep, subprocess, dns, file.",
+    "calls",
+)
 LOOP_TASKS = _gauge("headroom_event_loop_tasks", "loop", ("worker",), "Tasks alive on the loop.", "tasks")
 THREADPOOL_TOKENS = _gauge(
     "headroom_threadpool_tokens",
