@@ -152,6 +152,13 @@ REQUEST_DISCONNECTS = _counter(
     "Requests whose client went away before the response was complete.",
     "requests",
 )
+HTTP_CLIENT_DURATION = _histogram(
+    "http_client_request_duration_seconds",
+    "request",
+    (_METHOD, "server_address", "http_response_status_code", "error_type"),
+    "Time of calls to other services, by host name; see the page on requests for where it ends.",
+    H14,
+)
 
 # --------------------------------------------------------------------- pool
 _POOL = "db_client_connection_pool_name"

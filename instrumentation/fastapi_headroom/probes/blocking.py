@@ -64,11 +64,11 @@ class BlockingCalls:
             return
         for place in PLACES:
             if place.module in sys.modules and place.name not in self._attached:
-                self._attached.add(place.name)
                 owner = place.owner()
-                # Another version may keep it elsewhere: then that one place is not seen.
+                # It may be half imported now, and another version may keep it elsewhere.
                 if owner is not None and place.attribute in vars(owner):
                     self._patches.wrap(owner, place.attribute, self._wrapper_of(place))
+                    self._attached.add(place.name)
 
     def close(self) -> None:
         """Put every call back. Idempotent."""
