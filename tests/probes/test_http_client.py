@@ -19,11 +19,14 @@ import pytest
 import requests
 from fastapi import FastAPI
 
+from demo_app.stack.process import free_port
 from fastapi_headroom.probes import http_client
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.threadpool import Threadpool
 from tests.support.measured import Measured, busy, eventually, uvicorn_serving
+from tests.support.scrape import Scrape, scrape_until
+from tests.support.serving import serve
 
 DURATION = "http_client_request_duration_seconds"
 LIBRARIES = pytest.mark.parametrize("library", ["httpx", "httpx-sync", "aiohttp", "requests"])
@@ -252,6 +255,21 @@ def test_clients_are_put_back(measured: Measured) -> None:
     probe.close()
     assert [vars(cls)[name] for cls, name in zip(classes, names, strict=True)] == wrapped
     assert all(hasattr(function, "__wrapped__") for function in wrapped)
+
+
+def test_init_is_all_it_takes(service: str) -> None:
+    """With nothing but init, the calls of a client that a handler imports are in the scrape and in the ledger."""
+    port = free_port()
+    with serve("uvicorn", "tests.support.app:app", env={"HEADROOM_PORT": str(port)}) as server:
+
+        def called(seen: Scrape) -> bool:
+            server.get(f"/outside?url={service}/slow")
+            return seen.total(DURATION + "_count", server_address="127.0.0.1") >= 2
+
+        seen = scrape_until(f"http://127.0.0.1:{port}", called)
+        calls = seen.total(DURATION + "_count", server_address="127.0.0.1")
+        assert seen.total(DURATION + "_sum", server_address="127.0.0.1") >= calls * 0.095
+        assert seen.total("headroom_request_stage_seconds_total", stage="http_client") >= 0.095
 
 
 def test_libraries_imported_later_are_measured() -> None:

@@ -88,6 +88,16 @@ class BlockingCalls:
 
             return call
 
+        def make_sleep(original: Any) -> Any:
+            # By what is asked for: a sleep(0) that found the machine busy only gave way.
+            @wraps(original)
+            def sleep(seconds: Any, /) -> Any:
+                if _get_running_loop() is None or (isinstance(seconds, int | float) and seconds < least):
+                    return original(seconds)
+                return watched(kind, least, original, (seconds,), {})
+
+            return sleep
+
         def make_of_dialect(original: Any) -> Any:
             # SQLAlchemy's async engines run the same code on the loop, in a greenlet, and do not block there.
             @wraps(original)
@@ -98,6 +108,8 @@ class BlockingCalls:
 
             return call
 
+        if place.kind == "sleep":
+            return make_sleep
         return make_of_dialect if place.of_dialect else make
 
     def _watched(
