@@ -91,7 +91,7 @@ def fetch(port: int, path: str) -> None:
 async def call(library: str, url: str, **options: Any) -> int:
     """Call a service by a library, read the body, and return the status."""
     if library == "httpx":
-        async with httpx.AsyncClient(follow_redirects=True) as client:
+        async with httpx.AsyncClient(follow_redirects=True, verify=False) as client:
             return (await client.get(url, **options)).status_code
     if library == "aiohttp":
         async with aiohttp.ClientSession() as session, session.get(url) as response:
@@ -104,7 +104,7 @@ def call_synchronously(library: str, url: str) -> int:
     """Do the same in a thread."""
     if library == "requests":
         return int(requests.get(url, timeout=5).status_code)
-    return httpx.get(url, follow_redirects=True).status_code
+    return httpx.get(url, follow_redirects=True, verify=False).status_code  # a TLS context costs 50 ms and more
 
 
 @LIBRARIES
@@ -126,10 +126,10 @@ def test_the_stage_and_the_histogram(measured: Measured, service: str, library: 
         fetch(port, "/")
         eventually(lambda: measured.stages("/"))
     stages = measured.stages("/")
-    assert 0.095 <= stages["http_client"] < 0.2, stages
-    assert stages.get("other", 0.0) + stages.get("threadpool", 0.0) < 0.06, stages
+    assert 0.095 <= stages["http_client"] < 0.25, stages
+    assert stages.get("other", 0.0) + stages.get("threadpool", 0.0) < 0.09, stages
     assert sum(stages.values()) == pytest.approx(measured.seconds("/"), abs=0.001)
-    assert 0.095 <= measured.value(DURATION + "_sum", **_labels("GET", "200", "127.0.0.1")) - before < 0.2
+    assert 0.095 <= measured.value(DURATION + "_sum", **_labels("GET", "200", "127.0.0.1")) - before < 0.25
 
 
 def _labels(method: str, status: str, host: str, error: str = "") -> dict[str, str]:
@@ -154,8 +154,8 @@ def test_a_call_in_a_sync_endpoint(measured: Measured, service: str) -> None:
         fetch(port, "/")
         eventually(lambda: measured.stages("/"))
     stages = measured.stages("/")
-    assert 0.095 <= stages["http_client"] < 0.2, stages
-    assert 0.095 <= stages["threadpool"] < 0.3, stages  # httpx makes a TLS context before it calls
+    assert 0.095 <= stages["http_client"] < 0.19, stages
+    assert 0.095 <= stages["threadpool"] < 0.19, stages
 
 
 @LIBRARIES

@@ -153,8 +153,8 @@ def test_a_query_in_a_thread_is_db(measure: Callable[..., Measured], postgres: P
     finally:
         probe.close()
         engine.dispose()
-    assert 0.1 <= stages["db"] <= 0.16, stages
-    assert 0.09 <= stages["threadpool"] <= 0.2, stages
+    assert 0.1 <= stages["db"] < 0.19, stages
+    assert 0.095 <= stages["threadpool"] < 0.19, stages
 
 
 def test_files_are_read_in_threads(measure: Callable[..., Measured], tmp_path: Path) -> None:

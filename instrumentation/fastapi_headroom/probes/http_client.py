@@ -72,8 +72,8 @@ class HttpClientProbe:
             if module in sys.modules and name not in self._attached:
                 owner = getattr(sys.modules[module], cls, None)  # None while it is half imported
                 if owner is not None:
+                    self._attached.add(name)  # first: a version without that method is an error once, not each second
                     self._patches.wrap(owner, attribute, make)
-                    self._attached.add(name)
 
     def close(self) -> None:
         """Put every client back. Idempotent."""
