@@ -315,6 +315,15 @@ def test_the_site_is_the_deepest_frame_of_the_users_code(calls: BlockingCalls, w
     assert dict(pairs) == {"kind": "subprocess", "site": f"{__name__}:{name}:{line}"}
 
 
+def test_what_we_do_ourselves_is_not_counted(calls: BlockingCalls, writer: Writer) -> None:
+    """A call that the package itself makes, such as opening its store, is not laid at the door of whoever called it."""
+    functions: dict[str, Any] = {"time": time, "__name__": "fastapi_headroom.made_up"}
+    place = Path(blocking.__file__).with_name("made_up.py")
+    exec(compile("def opening():\n    time.sleep(0.002)", place, "exec"), functions)
+    asyncio.run(on_loop(functions["opening"]))
+    assert counted(writer) == {}
+
+
 def test_sites_are_bounded(calls: BlockingCalls, writer: Writer) -> None:
     """The first 50 sites have series, all later ones share ``other``."""
     code = "\n".join(f"def site_{n}():\n    time.sleep(0.0011)" for n in range(60))

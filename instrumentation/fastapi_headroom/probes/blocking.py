@@ -131,7 +131,7 @@ class BlockingCalls:
     def _count(self, kind: str, frame: FrameType) -> None:
         try:
             writer = self._writer
-            if writer is None:
+            if writer is None or _made_by_us(frame):
                 return
             site = site_of(_outwards(frame))
             if site not in self._sites:
@@ -163,7 +163,16 @@ class BlockingCalls:
         )
 
 
+def _made_by_us(frame: FrameType) -> bool:
+    """Return whether code of this package makes the call: opening the store is no call of the user's."""
+    owners = (owner_of(f.f_code.co_filename) for f in _outwards(frame) if f.f_code.co_filename != _HERE)
+    return next((owner for owner in owners if owner != "stdlib"), "user") == "ours"
+
+
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+_HERE: Final = _outwards.__code__.co_filename
