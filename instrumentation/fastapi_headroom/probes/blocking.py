@@ -157,8 +157,8 @@ class BlockingCalls:
         route = f" while serving {request.route}" if request is not None and request.route else ""
         line = next((f" (line {f.f_lineno})" for f in _outwards(frame) if owner_of(f.f_code.co_filename) == "user"), "")
         log.warning(
-            "fastapi-headroom: %s%s makes a blocking call (%s) on the event loop%s: every other request of this worker "
-            "waits meanwhile; %s",
+            "fastapi-headroom: %s%s makes a blocking call (%s) on the loop's thread%s: every other request of this "
+            "worker waits meanwhile; %s",
             *(site, line, kind, route, REMEDIES[kind]),
         )
 
