@@ -70,7 +70,7 @@ def _faults(_: argparse.Namespace) -> int:
 
     on = switches.all_on()
     for fault in FAULTS.values():
-        print(f"{'on ' if fault.name in on else 'off'}  {fault.name:<16} {fault.what}")
+        print(f"{'on ' if fault.name in on else 'off'}  {fault.name:<18} {fault.what}")
     return 0
 
 

@@ -38,6 +38,16 @@ FAULTS = {
             "one in five product lists calls a synchronous 400 ms price service on the event loop",
             ("HeadroomEventLoopBlocked",),
         ),
+        Fault(
+            "sync_call",
+            "one in five looks at a plan waits 400 ms for Redis, by a synchronous client on the event loop",
+            ("HeadroomEventLoopBlocked",),
+        ),
+        Fault(
+            "threadpool_starved",
+            "each order tracks twenty parcels at once, each in a thread that waits for two seconds",
+            ("HeadroomThreadpoolSaturated",),
+        ),
         Fault("cache_off", "everything in Redis expires at once: every look-up misses", ("HeadroomCacheHitRatioLow",)),
         Fault(
             "queue_backlog",

@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 from fastapi_headroom.driver import Driven
-from fastapi_headroom.ledger import CACHE, DB, ON_LOOP, OTHER, POOL_WAIT, STAGES, Ledger
+from fastapi_headroom.ledger import CACHE, DB, ON_LOOP, OTHER, POOL_WAIT, STAGES, THREADPOOL, Ledger
 
 
 def busy(seconds: float) -> None:
@@ -122,6 +122,21 @@ async def test_a_wait_of_another_thread_counts() -> None:
     # The step that starts the thread may still run, or wait for the interpreter, when the wait begins.
     assert 0.05 <= ledger.seconds[DB] + ledger.seconds[ON_LOOP] < 0.15
     assert sum(ledger.seconds) == pytest.approx(duration, abs=1e-9)
+
+
+def test_what_a_thread_waits_for_is_not_time_of_the_thread() -> None:
+    """A wait that is opened in a thread takes the time while it is open; the thread has the time before and after."""
+    ledger = Ledger(started=0.0)
+    ledger.waits += [THREADPOOL]
+    ledger.charge(1.0)
+    ledger.waits += [DB]
+    ledger.charge(3.0)
+    ledger.waits += [CACHE, THREADPOOL]
+    ledger.charge(7.0)
+    ledger.waits[:] = [THREADPOOL, THREADPOOL]
+    ledger.charge(8.0)
+    assert ledger.seconds[THREADPOOL] == 2.0
+    assert (ledger.seconds[DB], ledger.seconds[CACHE]) == (4.0, 2.0)
 
 
 async def test_many_threads_cannot_break_the_ledger() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 import zlib
 
 from fastapi import APIRouter, HTTPException, Query, Response, status
@@ -30,6 +31,7 @@ async def list_orders(session: SessionDep, paging: PagingDep, user_id: int = Que
 @router.get("/{order_id}")
 async def get_order(order_id: int, session: SessionDep) -> OrderDetails:
     """Return an order with its lines and their products: three statements, however many lines."""
+    await _track_parcels()
     order = await _load(order_id, session)
     await _ask_carrier()
     return OrderDetails.model_validate(order)
@@ -83,6 +85,19 @@ async def _ask_carrier() -> None:
     """Wait for an outside service while a connection is held, as the fault ``pool_exhaustion`` does."""
     if strikes("pool_exhaustion"):
         await asyncio.sleep(4.0)
+
+
+async def _track_parcels() -> None:
+    """Take more threads than one request should, as the fault ``threadpool_starved`` does."""
+    if strikes("threadpool_starved"):
+        await asyncio.gather(*(run_in_threadpool(_track_parcel) for _ in range(20)))
+
+
+def _track_parcel() -> None:
+    """Wait for a synchronous service for two seconds, or until the fault is healed."""
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline and strikes("threadpool_starved"):
+        time.sleep(0.1)
 
 
 def _render_invoice(text: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import redis
 from fastapi import APIRouter, Header, HTTPException, Response, status
 from pydantic import TypeAdapter
 from sqlalchemy import select
@@ -11,12 +12,15 @@ from sqlalchemy.orm import joinedload
 
 from demo_app.cache import LocalCache, cache
 from demo_app.database import Session, SessionDep
+from demo_app.faults import strikes
 from demo_app.models import Organization, Plan
 from demo_app.schemas import OrganizationPlan, PlanChange, PlanOut
+from demo_app.settings import shop_settings
 
 router = APIRouter(tags=["plans"])
 _catalogue = LocalCache(ttl=30.0)
 _plans = TypeAdapter(list[PlanOut])
+_news = redis.Redis.from_url(shop_settings().cache_url)
 
 
 @router.get("/plans", response_model=list[PlanOut])
@@ -39,6 +43,8 @@ async def list_plans(if_none_match: str = Header("")) -> Response:
 @router.get("/organizations/{organization_id}/plan")
 async def get_plan(organization_id: int) -> OrganizationPlan:
     """Return what an organization has booked, from Redis when it is there."""
+    if strikes("sync_call", share=0.2):
+        _wait_for_news()
 
     async def load() -> OrganizationPlan | None:
         async with Session() as session:
@@ -64,3 +70,8 @@ async def change_plan(organization_id: int, change: PlanChange, session: Session
     await session.commit()
     await cache.drop(f"org:{organization_id}:plan")
     return Response(status_code=status.HTTP_204_NO_CONTENT)
+
+
+def _wait_for_news() -> None:
+    """Wait for Redis by its synchronous client, as the fault ``sync_call`` does on the event loop."""
+    _news.blpop(["plan-news"], timeout=0.4)

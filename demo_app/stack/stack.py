@@ -112,7 +112,7 @@ class Stack:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
         return {
             **inherited,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "instrumentation")]),
             "PYTHONUNBUFFERED": "1",
             "SHOP_DATABASE_URL": database,
             "SHOP_CACHE_URL": redis,

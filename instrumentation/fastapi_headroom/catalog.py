@@ -167,6 +167,13 @@ COMPRESSIBLE_BYTES = _counter(
     "Bytes of text bodies over 1 kB sent without Content-Encoding to clients that accept one.",
     "bytes",
 )
+HTTP_CLIENT_DURATION = _histogram(
+    "http_client_request_duration_seconds",
+    "request",
+    (_METHOD, "server_address", "http_response_status_code", "error_type"),
+    "Time of calls to other services, by host name; see the page on requests for where it ends.",
+    H14,
+)
 
 # --------------------------------------------------------------------- pool
 _POOL = "db_client_connection_pool_name"
@@ -271,6 +278,13 @@ LOOP_BLOCKED = _counter(
 )
 LOOP_BLOCKS = _counter(
     "headroom_event_loop_blocks_total", "loop", ("site", "cause"), "How often the loop was blocked.", "blocks"
+)
+BLOCKING_CALLS = _counter(
+    "headroom_blocking_calls_total",
+    "loop",
+    ("kind", "site"),
+    "Blocking calls made on the event loop: sync_db, sync_redis, sync_http, sleep, subprocess, dns, file.",
+    "calls",
 )
 LOOP_TASKS = _gauge("headroom_event_loop_tasks", "loop", ("worker",), "Tasks alive on the loop.", "tasks")
 THREADPOOL_TOKENS = _gauge(

@@ -5,6 +5,7 @@ A request is at every moment in one of three states, and the ledger charges the 
 * ``on_loop`` while a step of the request's own code runs on the event loop (see ``driver``);
 * the waits that are open (``enter`` without ``leave``) while no step runs. Waits that overlap, as under
   ``asyncio.gather``, share the time equally, so that the stages never sum to more than the wall time;
+  ``threadpool`` takes part only while no other wait is open: waits made in the thread lie within it;
 * ``other`` when nothing is open.
 
 ``other`` is what is left of the duration when the request finishes, so the stages sum to it by construction.
@@ -122,8 +123,10 @@ class Ledger:
             if len(waits) == 1:
                 seconds[waits[0]] += elapsed
             else:
-                share = elapsed / len(waits)
-                for stage in tuple(waits):
+                # What a thread waits for (a database, a cache) is that wait, and no time of the thread.
+                inner = [stage for stage in waits if stage != THREADPOOL] or waits.copy()
+                share = elapsed / (len(inner) or 1)  # none is left when another thread has just closed them
+                for stage in inner:
                     seconds[stage] += share
 
     def charge_step(self, now: float) -> None:

@@ -24,6 +24,8 @@ LOOP_BLOCKED_SHARE: Final = 0.05
 """Share of time that one site may block the loop (seconds of blocking per second)."""
 LOOP_BLOCK_SECONDS: Final = 0.1
 """The watchdog reports a block from this length on."""
+BLOCKING_CALL_SECONDS: Final = 0.01
+"""A call that is fast as a rule (a file, a name's address, a process that has ended) blocks from this length on."""
 LOOP_SATURATED: Final = 0.9
 POOL_WAIT_P95: Final = 0.1
 """Seconds; a bound of W."""

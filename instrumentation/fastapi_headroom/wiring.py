@@ -19,6 +19,7 @@ from fastapi_headroom.errors import MissingExtraError, NotASGIError
 from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.probes.base import Probe
 from fastapi_headroom.probes.cache import CacheProbe
+from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.probes.queue import QueueProbe
@@ -146,6 +147,7 @@ class Runtime:
         others: tuple[Probe, ...] = (
             self.pool,
             self.cache,
+            HttpClientProbe(),
             LoopProbe(settings),
             QueueProbe(settings),
             RuntimeProbe(settings),

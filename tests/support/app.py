@@ -35,6 +35,14 @@ async def block(seconds: float = 0.3) -> dict[str, float]:
     return {"blocked": seconds}
 
 
+@app.get("/outside")
+async def outside(url: str) -> dict[str, int]:
+    import httpx  # later than init
+
+    async with httpx.AsyncClient() as client:
+        return {"status": (await client.get(url)).status_code}
+
+
 @app.get("/error")
 async def error() -> None:
     raise ValueError("the fault")

@@ -245,6 +245,44 @@ def _blame_row() -> Row:
     )
 
 
+def _calls_row() -> Row:
+    counted = promql.by("sum", ("site", "kind"), promql.total(catalog.BLOCKING_CALLS))
+    by_kind = promql.by("sum", ("kind",), promql.flow(catalog.BLOCKING_CALLS))
+    return Row(
+        "What must not be called on the loop",
+        (
+            Cell(
+                panels.listing(
+                    "Blocking calls on the loop, in the time shown",
+                    (
+                        "Which code calls a synchronous database, Redis or HTTP client, sleeps, or waits for a file "
+                        "or a process on the loop? Short today, it stalls the worker as long as the other side "
+                        "stalls. None is right."
+                    ),
+                    {"site": "Site", "kind": "Kind"},
+                    Column("Calls", promql.or_zero(f"({counted} > 0)", "site"), "short", 0, bar=True),
+                    sort="Calls",
+                    widths={"Kind": 110, "Calls": 170},
+                ),
+                12,
+                8,
+            ),
+            Cell(
+                panels.lines(
+                    "Blocking calls by kind",
+                    "Since when, and of which kind? A step up at a deploy is a new synchronous call.",
+                    "ops",
+                    Query(promql.or_zero(f"({by_kind} > 0)", "kind"), "{{kind}}"),
+                    legend="wide",
+                    stacked=True,
+                ),
+                12,
+                8,
+            ),
+        ),
+    )
+
+
 def _load_row() -> Row:
     hold = promql.shown_quantile(0.99, catalog.LOOP_HOLD, ("http_route",))
     return Row(
@@ -326,6 +364,6 @@ def render() -> str:
         UID,
         "Headroom / Event loop",
         "How late does the event loop run, which code held it, and are there threads left?",
-        (_first_row(), _delay_row(), _blame_row(), _load_row(), _threads_row()),
+        (_first_row(), _delay_row(), _blame_row(), _calls_row(), _load_row(), _threads_row()),
         (board.WORKER,),
     )

@@ -357,6 +357,45 @@ def _table_row() -> Row:
     )
 
 
+def _outside_row() -> Row:
+    host = ("server_address",)
+    calls = promql.by("sum", host, promql.flow(catalog.HTTP_CLIENT_DURATION, suffix="_count"))
+    failed = promql.by(
+        "sum",
+        ("server_address", "error_type"),
+        promql.flow(catalog.HTTP_CLIENT_DURATION, 'error_type!=""', suffix="_count"),
+    )
+    return Row(
+        "Which other service?",
+        across(
+            7,
+            panels.lines(
+                "Calls to other services",
+                "How many HTTP calls does the app make, and to whom? It should rise with the requests, not faster.",
+                "reqps",
+                Query(promql.or_zero(promql.top(calls), "server_address"), "{{server_address}}"),
+            ),
+            panels.lines(
+                "Failed calls",
+                "Who answers with an error (a status), and who does not answer at all (the name of an exception)?",
+                "reqps",
+                Query(
+                    promql.or_zero(f"({promql.top(failed)} > 0)", "server_address"),
+                    "{{server_address}} {{error_type}}",
+                ),
+            ),
+            panels.lines(
+                "Duration of calls, p95",
+                "Who is slow? Our requests wait as long: the stage http_client in where the time goes.",
+                "s",
+                Query(
+                    promql.top(promql.shown_quantile(0.95, catalog.HTTP_CLIENT_DURATION, host)), "{{server_address}}"
+                ),
+            ),
+        ),
+    )
+
+
 def _details_row() -> Row:
     crashes = promql.by(
         "sum", ("error_type",), promql.flow(catalog.REQUEST_DURATION, _ROUTES, CRASHED, suffix="_count")
@@ -471,6 +510,6 @@ def render() -> str:
         UID,
         "Headroom / Requests and SLO",
         "Are requests fast and right, how long does the budget last, and which route is to blame?",
-        (_first_row(), _objectives_row(), _red_row(), _table_row(), _details_row()),
+        (_first_row(), _objectives_row(), _red_row(), _table_row(), _outside_row(), _details_row()),
         (Variable("route", catalog.REQUESTS, "http_route", "Route"),),
     )

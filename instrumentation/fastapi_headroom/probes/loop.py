@@ -32,6 +32,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
+from fastapi_headroom.probes.blocking import BlockingCalls
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
 from fastapi_headroom.probes.threadpool import Threadpool
 from fastapi_headroom.probes.watchdog import Watchdog
@@ -61,6 +62,7 @@ class LoopProbe:
         catalog.LOOP_CPU,
         catalog.LOOP_BLOCKED,
         catalog.LOOP_BLOCKS,
+        catalog.BLOCKING_CALLS,
         catalog.LOOP_TASKS,
         catalog.THREADPOOL_TOKENS,
         catalog.THREADPOOL_WAIT,
@@ -70,6 +72,7 @@ class LoopProbe:
         self.guard = Guard(self.name)
         self._threshold = settings.block_threshold
         self._threadpool = Threadpool(self.guard)
+        self._blocking = BlockingCalls(self.guard)
         self._writer: Writer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
@@ -84,6 +87,7 @@ class LoopProbe:
         self._detach()
         self._writer = writer
         self._threadpool.bind(writer)
+        self._blocking.bind(writer)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -101,6 +105,7 @@ class LoopProbe:
 
     def sample(self) -> None:
         """Write the gauges of the last seconds."""
+        self._blocking.sample()
         heartbeat, watchdog = self._heartbeat, self._watchdog
         if heartbeat is None or watchdog is None or watchdog.pulse.paused:
             return
@@ -125,6 +130,7 @@ class LoopProbe:
         """Stop the heartbeat and the watchdog and put AnyIO's entry back."""
         self._detach()
         self._threadpool.close()
+        self._blocking.close()
         self._writer = None
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:

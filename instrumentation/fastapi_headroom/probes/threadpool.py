@@ -1,7 +1,11 @@
-"""AnyIO's threadpool, where sync endpoints and dependencies run: its tokens, and the wait for one."""
+"""AnyIO's threadpool, where sync endpoints and dependencies run: tokens, the wait for one, the time in the thread.
+
+``asyncio.to_thread`` and ``loop.run_in_executor`` use threads of their own: see ``executor``.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -9,8 +13,9 @@ from typing import Any
 from anyio._backends._asyncio import AsyncIOBackend
 
 from fastapi_headroom import catalog
-from fastapi_headroom.ledger import THREADPOOL_WAIT, current
+from fastapi_headroom.ledger import THREADPOOL, THREADPOOL_WAIT, Ledger, current
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.executor import timed_submit
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.store.writer import Gauge, Histogram, Writer
 
@@ -19,7 +24,8 @@ class Threadpool:
     """Measures how long a task waits for a thread, and reads the pool's tokens.
 
     The wait is measured by handing AnyIO's own entry to the pool a limiter that times the real one. The histogram
-    has the waits for the default limiter, the one that the tokens are of; a request's ledger has all of them.
+    has the waits for the default limiter, the one that the tokens are of; a request's ledger has all of them, and
+    from the token to the end of the call it has the stage ``threadpool``.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -37,6 +43,7 @@ class Threadpool:
         self._writer = writer
         if self._wait is None:
             self._patches.wrap(AsyncIOBackend, "run_sync_in_worker_thread", self._measured)
+            self._patches.wrap(ThreadPoolExecutor, "submit", lambda original: timed_submit(original, self._guard))
         self._wait = writer.histogram(catalog.THREADPOOL_WAIT)
 
     def sample(self) -> None:
@@ -84,23 +91,32 @@ class Threadpool:
 
 
 class TimedLimiter:
-    """A limiter for one call that times how long the real one makes it wait."""
+    """A limiter for one call that times how long the real one makes it wait, and how long the token is kept."""
 
-    __slots__ = ("_default", "_limiter", "_pool")
+    __slots__ = ("_default", "_ledger", "_limiter", "_pool")
 
     def __init__(self, limiter: Any, default: bool, pool: Threadpool) -> None:
         self._limiter, self._default, self._pool = limiter, default, pool
+        self._ledger: Ledger | None = None
 
     async def __aenter__(self) -> None:
         ledger = current.get()
         start = perf_counter()
-        if ledger is not None:
-            ledger.enter(THREADPOOL_WAIT)
+        if ledger is None:
+            await self._wait(start)
+            return
+        ledger.enter(THREADPOOL_WAIT)
+        try:
+            await self._wait(start)
+        finally:
+            ledger.leave(THREADPOOL_WAIT)
+        ledger.enter(THREADPOOL)  # only with a token: without one there is no end to leave it at
+        self._ledger = ledger
+
+    async def _wait(self, start: float) -> None:
         try:
             await self._limiter.__aenter__()
         finally:
-            if ledger is not None:
-                ledger.leave(THREADPOOL_WAIT)
             try:
                 self._pool.observe(perf_counter() - start, default=self._default)
             except Exception as error:
@@ -109,6 +125,8 @@ class TimedLimiter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._ledger is not None:
+            self._ledger.leave(THREADPOOL)
         await self._limiter.__aexit__(kind, error, traceback)
 
     def __getattr__(self, name: str) -> Any:
