@@ -125,7 +125,7 @@ class StoreFile:
 
     def __init__(self, path: str, inode: int, name: FileName, series_of: Callable[[FileName, bytes], int]) -> None:
         self.inode, self.name = inode, name
-        self.mode = name.mode.removeprefix("live")
+        self.kind, self.mode = name.kind, name.mode.removeprefix("live")
         self._path, self._series_of = path, series_of
         self._fd = -1
         self._used = layout.HEADER

@@ -76,7 +76,7 @@ class RecentGauge(Gauge):
 class Histogram(Handle):
     """Counts of observations by upper bound, and their sum.
 
-    ``index`` is the sum's, ``cells`` are the buckets', ``mark`` is that of the flag to set before a write (see ``marks``).
+    ``index`` is the sum's, ``cells`` are the buckets', ``mark`` the flag to set before a write (see ``marks``).
     """
 
     __slots__ = ("bounds", "cells", "mark")

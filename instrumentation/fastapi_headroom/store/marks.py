@@ -89,5 +89,3 @@ class Marks:
 def are_kept_in(name: str) -> bool:
     """Return whether a file of this name keeps marks, if it is ours."""
     return name.startswith(("histogram", "summary"))
-
-

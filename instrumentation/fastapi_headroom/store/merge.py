@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Protocol
 
 from fastapi_headroom.store import layout
-from fastapi_headroom.store.files import Layout
+from fastapi_headroom.store.files import Layout, picker
 from fastapi_headroom.store.layout import FileName
 from fastapi_headroom.store.snapshot import Labels
 
 Fold = Callable[[Iterable[float]], float]
+_GroupKey = tuple[str, str]
+"""Kind and mode of files: what is merged with each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,21 @@ def _check_bound(labels: Labels, raw: bytes) -> None:
 class Column(Protocol):
     """The values of one file, or of one region in memory."""
 
+    kind: str
     mode: str
     layout: Layout | None
-    column: Sequence[float]
-    times: Sequence[float] | None
-    """Of gauges of which the latest write counts."""
-    changed: Sequence[int] | None
-    """Places that changed since the merge before; None when that is not known."""
+
+    @property
+    def column(self) -> Sequence[float]:
+        """One value per series of the layout."""
+
+    @property
+    def times(self) -> Sequence[float] | None:
+        """When each was written, for gauges of which the latest write counts."""
+
+    @property
+    def changed(self) -> Sequence[int] | None:
+        """Places that changed since the merge before; None when that is not known."""
 
     def compare(self) -> bool:
         """Find out what changed, if that was left open; return whether it is known now."""
@@ -89,19 +100,21 @@ class Merger:
         """The merged value of every series; None where no file has it."""
         self._inputs: list[tuple[int, Layout | None]] = []
         self._columns: Sequence[Column] = ()
-        self._groups: list[tuple[Fold, Layout, list[Column]]] = []
+        self._groups: dict[_GroupKey, list[tuple[Layout, list[Column]]]] = {}
         self._recent: list[Column] = []
         self._is_plain = False
 
     def merge(self, columns: Sequence[Column], size: int) -> set[int] | None:
         """Bring the totals of ``size`` series up to date; return the series that changed, None for all of them."""
-        changed = self._changed(columns, size)
+        groups = self._changed(columns, size)
         # Beyond a quarter it is cheaper to merge whole columns.
-        if changed is None or len(changed) * 4 > size:
+        if groups is None or sum(map(len, groups.values())) * 4 > size:
             self._merge_all(columns, size)
             return None
-        for number in changed:
-            self.totals[number] = self._total(number)
+        changed: set[int] = set()
+        for group, numbers in groups.items():
+            self._sum_anew(group, sorted(numbers))
+            changed |= numbers
         recent = [number for column in self._recent if column.layout for number in column.layout.series]
         if recent and any(column.changed for column in self._recent):
             for number in recent:
@@ -110,8 +123,8 @@ class Merger:
             changed.update(recent)
         return changed
 
-    def _changed(self, columns: Sequence[Column], size: int) -> set[int] | None:
-        """Return the series that changed, None when all must be merged."""
+    def _changed(self, columns: Sequence[Column], size: int) -> dict[_GroupKey, set[int]] | None:
+        """Return the series that changed, by kind and mode of their files; None when all must be merged."""
         inputs = [(id(column), column.layout) for column in columns]
         if not self._is_plain or size != len(self.totals) or inputs != self._inputs:
             return None
@@ -119,32 +132,34 @@ class Merger:
         unknown = sum(len(column.column) for column in columns if column.changed is None)
         if unknown * 4 > sum(len(column.column) for column in columns):
             return None
-        changed: set[int] = set()
+        changed: dict[_GroupKey, set[int]] = {}
         for column in columns:
             if column.changed is None and not column.compare():
                 return None
             if column.changed and column.layout is not None and column.times is None:
                 series = column.layout.series
-                changed.update([series[place] for place in column.changed])
+                changed.setdefault((column.kind, column.mode), set()).update(
+                    [series[place] for place in column.changed]
+                )
         return changed
 
     def _merge_all(self, columns: Sequence[Column], size: int) -> None:
         """Merge files of one layout column-wise, and then the layouts."""
         self._inputs = [(id(column), column.layout) for column in columns]
         self._columns = columns  # an id is that of one object as long as the object lives
-        groups: dict[tuple[str, Layout], list[Column]] = {}
+        groups: dict[tuple[_GroupKey, Layout], list[Column]] = {}
         self._recent = []
         for column in columns:
             if column.times is not None:
                 self._recent.append(column)
             elif column.layout is not None:
-                groups.setdefault((column.mode, column.layout), []).append(column)
-        self._groups = [
-            (_FOLDS.get(mode, sum), layout_, members) for (mode, layout_), members in groups.items()
-        ]
-        self._is_plain = all(layout_.is_plain for _, layout_, _ in self._groups)
+                groups.setdefault(((column.kind, column.mode), column.layout), []).append(column)
+        self._groups = {}
+        for (group, layout_), members in groups.items():
+            self._groups.setdefault(group, []).append((layout_, members))
+        self._is_plain = all(layout_.is_plain for _, layout_ in groups)
         values: list[float | None] = [None] * size
-        for (mode, layout_), members in groups.items():
+        for ((_, mode), layout_), members in groups.items():
             fold = _FOLDS.get(mode, sum)
             lists = [member.column for member in members]
             merged = lists[0] if len(lists) == 1 else map(fold, zip(*lists, strict=True))
@@ -159,22 +174,35 @@ class Merger:
         self.totals = values
         self._merge_recent()
 
-    def _total(self, number: int) -> float | None:
-        """Merge one series in the order of ``_merge_all``."""
-        total: float | None = None
-        for fold, layout_, members in self._groups:
+    def _sum_anew(self, group: _GroupKey, numbers: list[int]) -> None:
+        """Merge some series, which all live in files of one kind and mode, in the order of ``_merge_all``."""
+        merged: dict[int, float] = {}
+        fold = _FOLDS.get(group[1], sum)
+        for layout_, members in self._groups[group]:
             places = layout_.places
-            place = places[number] if number < len(places) else -1
-            if place >= 0:
-                if len(members) == 1:
-                    value = members[0].column[place]
-                else:
-                    value = fold([member.column[place] for member in members])
-                if total is None:
-                    total = value
-                else:
-                    total = total + value if fold is sum else fold((total, value))
-        return total
+            if numbers[-1] >= len(places) or -1 in (found := picker(numbers)(places)):
+                here = [number for number in numbers if number < len(places) and places[number] >= 0]
+                if not here:
+                    continue
+                found = picker(here)(places)
+            else:
+                here = numbers
+            pick = picker(found)
+            lists = [pick(member.column) for member in members]
+            values = lists[0] if len(lists) == 1 else map(fold, zip(*lists, strict=True))
+            if not merged:
+                merged = dict(zip(here, values, strict=True))
+            elif fold is sum and len(here) == len(merged) == len(numbers):
+                merged = dict(zip(here, map(add, merged.values(), values), strict=True))
+            else:
+                for number, value in zip(here, values, strict=True):
+                    before = merged.get(number)
+                    if before is None:
+                        merged[number] = value
+                    else:
+                        merged[number] = before + value if fold is sum else fold((before, value))
+        for number in numbers:
+            self.totals[number] = merged.get(number)
 
     def _merge_recent(self) -> None:
         times: dict[int, float] = {}

@@ -113,7 +113,7 @@ class _FamilyPlan:
     def _histogram(self, part: int, totals: Sequence[float | None]) -> list[float]:
         pick_cells, pick_ends, pick_others, has_buckets = self._parts[part]
         cumulative: list[float] = list(accumulate(pick_cells(totals)))
-        values = cumulative.copy() if pick_ends is None else list(pick_ends(cumulative))
+        values: list[float] = list(cumulative if pick_ends is None else pick_ends(cumulative))
         values += pick_others(totals)
         if has_buckets:
             values.append(cumulative[-1])

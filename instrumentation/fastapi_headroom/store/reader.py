@@ -44,6 +44,7 @@ _FORGET_BEYOND = 10_000
 class _Held:
     """A column that is new in each read."""
 
+    kind: str
     mode: str
     layout: Layout | None
     column: Sequence[float]
@@ -161,7 +162,7 @@ class Reader:
         columns += [self._column(part) for part in held]
         if degraded := self._degraded_elsewhere(listing, held, snapshot):
             number = self._index.number(_OF_DEGRADED, layout.keys_of(catalog.STORE_DEGRADED, [])[0])
-            columns.append(_Held(_SUM, self._layouts.get((number,), (0,)), (float(degraded),)))
+            columns.append(_Held("gauge", _SUM, self._layouts.get((number,), (0,)), (float(degraded),)))
         snapshot.unreadable.sort()
         changed = self._merger.merge(columns, len(self._index.series))
         for _, file in read:
@@ -179,7 +180,7 @@ class Reader:
         mode = name.mode.removeprefix("live")
         view = part.region.view
         return _Held(
-            mode, layout_, layout_.pick(view), layout_.pick_times(view) if mode == "mostrecent" else None
+            name.kind, mode, layout_, layout_.pick(view), layout_.pick_times(view) if mode == "mostrecent" else None
         )
 
     def _degraded_elsewhere(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> int:
