@@ -177,6 +177,7 @@ class Merger:
     def _sum_anew(self, group: _GroupKey, numbers: list[int]) -> None:
         """Merge some series, which all live in files of one kind and mode, in the order of ``_merge_all``."""
         merged: dict[int, float] = {}
+        in_order = False
         fold = _FOLDS.get(group[1], sum)
         for layout_, members in self._groups[group]:
             places = layout_.places
@@ -192,7 +193,8 @@ class Merger:
             values = lists[0] if len(lists) == 1 else map(fold, zip(*lists, strict=True))
             if not merged:
                 merged = dict(zip(here, values, strict=True))
-            elif fold is sum and len(here) == len(merged) == len(numbers):
+                in_order = len(here) == len(numbers)
+            elif in_order and fold is sum and len(here) == len(numbers):
                 merged = dict(zip(here, map(add, merged.values(), values), strict=True))
             else:
                 for number, value in zip(here, values, strict=True):
