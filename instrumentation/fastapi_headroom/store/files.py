@@ -34,13 +34,15 @@ _UNSET = bytes(8)
 class Layout:
     """The sequence of series in a file. Files with the same sequence share one."""
 
-    __slots__ = ("__weakref__", "_places", "indexes", "pick", "series")
+    __slots__ = ("__weakref__", "_places", "indexes", "is_plain", "pick", "series")
 
     def __init__(self, series: tuple[int, ...], indexes: tuple[int, ...]) -> None:
         self.series = series
         self.indexes = indexes
         self.pick = picker(indexes)
         self._places: array[int] | None = None
+        self.is_plain = len(set(series)) == len(series)
+        """Whether each series is there once only."""
 
     def pick_times(self, view: memoryview[float]) -> Sequence[float]:
         """Return the timestamps, which lie behind the values."""
@@ -55,11 +57,6 @@ class Layout:
                 places[number] = place
             self._places = places
         return self._places
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether each series is there once only."""
-        return len(self.places) - self.places.count(-1) == len(self.series)
 
 
 def picker(indexes: Sequence[int]) -> Pick:
