@@ -2,7 +2,8 @@
 
 Scrapes are from directory to text: our reader and exposition, prometheus_client's ``MultiProcessCollector`` and
 ``generate_latest``. *Warm* is not the first one. The samples are of the request probe's families. Before a scrape,
-worker after worker observes a request on every tenth of its routes, in all slots where nothing else is said.
+worker after worker observes a request on every tenth of its routes, in all slots where nothing else is said, and does
+what it does once a second anyway. *Every series* means that nothing at all is as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from benchmarks.measuring import Row, Work, compare, cpu, main
 from fastapi_headroom import catalog
 from fastapi_headroom.exporter.exposition import Renderer
+from fastapi_headroom.store import exemplars as exemplars_of
+from fastapi_headroom.store.exemplars import ExemplarReader
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 
@@ -42,7 +45,9 @@ def benchmark(quick: bool) -> Iterator[Row]:
         if not quick or samples == 2_000:
             yield from scrapes(slots=8 if quick else 64, samples=samples, rounds=1 if quick else rounds)
     yield from growth((1, 4) if quick else (1, 4, 16, 64, 256), rounds=3 if quick else 15)
-    yield from changes(slots=8 if quick else 64, rounds=3 if quick else 15)
+    for samples in (2_000, 10_000):
+        yield from changes(slots=8 if quick else 64, samples=samples, rounds=3 if quick else 15)
+    yield from openmetrics(slots=8 if quick else 64, exemplars=300, rounds=3 if quick else 15)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -105,17 +110,22 @@ class Store:
         """Return the exposition."""
         return self.renderer.render(self.reader.read().families)
 
-    def observe(self, slots: int) -> None:
-        """Let so many workers serve requests on a tenth of their routes."""
+    def observe(self, slots: int, *, every: int = 10) -> None:
+        """Let so many workers serve requests on a tenth of their routes, or on more of them."""
         for observers in self.observers[:slots]:
-            for write in observers[::10]:
+            for write in observers[::every]:
                 write(0.0123)
+        for writer in self.writers:
+            writer.tend()
 
-    def milliseconds(self, changed: int, rounds: int) -> float:
+    def milliseconds(self, changed: int, rounds: int, *, every: int = 10) -> float:
         """Return the median of warm scrapes, after so many slots have changed."""
         figures = []
+        for _ in range(2):  # the marks of a file are known from its second read on
+            self.observe(0)
+            self.scrape()
         for _ in range(rounds):
-            self.observe(changed)
+            self.observe(changed, every=every)
             figures.append(cpu(self.scrape) * 1e3)
         return statistics.median(figures)
 
@@ -193,15 +203,62 @@ def growth(counts: Sequence[int], rounds: int) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def changes(slots: int, rounds: int) -> Iterator[Row]:
+def changes(slots: int, samples: int, rounds: int) -> Iterator[Row]:
     """Show the time of a warm scrape by what has changed since the one before."""
-    with store(slots, 10_000) as made:
+    with store(slots, samples) as made:
         for changed in (0, 1, slots // 4, slots):
             share = {0: "nothing", 1: "1 slot", slots: "all slots"}.get(changed, f"{changed} slots")
             yield Row(
                 f"warm scrape, {slots} slots x {made.samples:,} samples, {share} changed",
                 "ms", made.milliseconds(changed, rounds),
             )  # fmt: skip
+        yield Row(
+            f"warm scrape, {slots} slots x {made.samples:,} samples, every series changed",
+            "ms", made.milliseconds(slots, rounds, every=1),
+        )  # fmt: skip
+
+
+def openmetrics(slots: int, exemplars: int, rounds: int) -> Iterator[Row]:
+    """Show the time of a warm scrape with exemplars by how many are new since the one before."""
+    with store(slots, 2_000) as made, _no_interval():
+        reader, bounds = ExemplarReader(made.directory), catalog.REQUEST_LATENCY.buckets
+        places = [(f"/traced/{number // len(bounds)}", bounds[number % len(bounds)]) for number in range(exemplars)]
+
+        def trace(writers: Sequence[Writer]) -> None:
+            for writer in writers:
+                for number, (route, value) in enumerate(places):
+                    histogram = writer.histogram(catalog.REQUEST_LATENCY, route)
+                    histogram.observe(value)
+                    writer.exemplar(histogram, value, number + 1, number + 1)
+            made.observe(0)
+
+        def scrape() -> None:
+            families = made.reader.read().families
+            made.renderer.render(families, openmetrics=True, exemplars=reader.read())
+
+        trace(made.writers)
+        for _ in range(3):
+            scrape()
+            made.observe(0)
+        for changed, share in ((0, "none"), (1, "those of 1 slot"), (slots, "all")):
+            figures = []
+            for _ in range(rounds):
+                trace(made.writers[:changed])
+                figures.append(cpu(scrape) * 1e3)
+            yield Row(
+                f"OpenMetrics, {slots} slots x {made.samples:,} samples and {exemplars} exemplars, {share} new",
+                "ms", statistics.median(figures),
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_interval() -> Iterator[None]:
+    """Let each observation leave an exemplar, as one a second and bucket does."""
+    before, exemplars_of.INTERVAL = exemplars_of.INTERVAL, 0.0
+    try:
+        yield
+    finally:
+        exemplars_of.INTERVAL = before
 
 
 def _memory() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -133,4 +134,52 @@ def test_openmetrics_shows_them_and_text_does_not(tmp_path: Path) -> None:
     families = reader.read().families
     assert b"trace_id" not in scraper.scrape()
     assert Renderer().render(families, openmetrics=True, exemplars={}) == Renderer().render(families, openmetrics=True)
+    writer.close()
+
+
+def test_a_warm_reader_says_the_same_as_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is written, torn, reused, restarted or deleted between two reads, what was kept never shows."""
+    monkeypatch.setattr(exemplars, "RECORDS", 6)
+    random = Random(7)
+    warm = ExemplarReader(tmp_path)
+    writers: list[Writer | None] = [None] * 3
+    held: list[tuple[Exemplars, Exemplars]] = []
+    for step in range(400):
+        number = random.randrange(3)
+        writer = writers[number]
+        if writer is None:
+            writers[number] = Writer.open(tmp_path)
+        elif random.random() < 0.04:
+            writer.close()
+            writers[number] = None
+        else:
+            for _ in range(random.randrange(4)):
+                observe(writer, f"/{random.randrange(9)}", random.choice((0.2, 0.7)), step + 1)
+        path = tmp_path / file_name(random.randrange(3))
+        if path.exists() and random.random() < 0.1:
+            if random.random() < 0.3:
+                path.unlink()
+            elif path.stat().st_size:
+                content = bytearray(path.read_bytes())
+                content[random.randrange(len(content))] ^= 0xFF
+                path.write_bytes(content)
+        found = warm.read()
+        assert found == ExemplarReader(tmp_path).read()
+        held.append((found, {name: dict(rows) for name, rows in found.items()}))
+    assert all(then == copy for then, copy in held)
+    assert len({str(copy) for _, copy in held}) > 100
+
+
+def test_what_nobody_wrote_to_is_the_same_object(tmp_path: Path) -> None:
+    """A family without a new example is not made anew, so that its rendered lines can be used again."""
+    writer, reader = Writer.open(tmp_path), ExemplarReader(tmp_path)
+    observe(writer, "/a", 0.2, 1)
+    found = reader.read()
+    assert reader.read() is found
+    other = writer.histogram(catalog.TIME_TO_FIRST_BYTE, "/a")
+    other.observe(0.2)
+    writer.exemplar(other, 0.2, 2, 1)
+    again = reader.read()
+    assert set(again) == {METRIC.name, catalog.TIME_TO_FIRST_BYTE.name}
+    assert again[METRIC.name] is found[METRIC.name]
     writer.close()

@@ -159,8 +159,8 @@ def test_threads_lose_no_increment(gil: bool) -> None:
     """Eight threads that write to the same series count every one; without the GIL under a lock."""
     if not gil or handles.gil_enabled():
         counter_class, _, histogram_class = handles.classes(gil)
-        view = memoryview(bytearray(8 * 4)).cast("B").cast("d")
-        counter, histogram = counter_class(view, 0), histogram_class(view, 1, (2, 3), (0.5,))
+        view = memoryview(bytearray(8 * 5)).cast("B").cast("d")
+        counter, histogram = counter_class(view, 0), histogram_class(view, 1, (2, 3), (0.5,), 4)
 
         def run() -> None:
             for _ in range(20_000):
@@ -177,7 +177,7 @@ def test_threads_lose_no_increment(gil: bool) -> None:
                 thread.join()
         finally:
             sys.setswitchinterval(before)
-        assert list(view) == [160_000.0, 40_000.0, 160_000.0, 0.0]
+        assert list(view) == [160_000.0, 40_000.0, 160_000.0, 0.0, 1.0]
 
 
 def test_threads_that_make_the_same_series_share_it(tmp_path: Path) -> None:

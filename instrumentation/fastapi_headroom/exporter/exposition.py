@@ -1,8 +1,8 @@
 """Render families of samples as Prometheus text 0.0.4 or OpenMetrics 1.0.
 
 The two forms share their sample lines; they differ in headers and in the end marker. What a line starts with
-(name and escaped labels) is rendered once and kept with the rows of its family, and the lines of a family whose values
-are those of the scrape before are used again: a warm scrape formats the numbers that changed, and nothing else.
+(name and escaped labels) is rendered once and kept with the rows of its family, and runs of 32 lines whose values are
+those of the scrape before are used again: a warm scrape formats the numbers that changed, and little else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ _NOT_IN_NAMES = re.compile(r"^[0-9]|[^a-zA-Z0-9_:]")
 _NOT_IN_LABELS = re.compile(r"^[0-9]|[^a-zA-Z0-9_]")
 _UNITS = {metric.family: metric.unit for metric in catalog.ALL if metric.unit}
 _NO_EXEMPLARS: Exemplars = {}
+_RUN = 32
+"""Lines that are rendered together."""
+_Row = tuple[str, tuple[tuple[str, str], ...]]
+_Examples = Mapping[_Row, Exemplar]
 _SPELLED = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
@@ -30,7 +34,7 @@ class Renderer:
     """Renders scrape after scrape. Not for concurrent use."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
+        self._lines: dict[str, _Lines] = {}
 
     def render(
         self, families: Iterable[Family], *, openmetrics: bool = False, exemplars: Exemplars = _NO_EXEMPLARS
@@ -40,44 +44,81 @@ class Renderer:
         Exemplars are for OpenMetrics only: the text form has no place for them.
         """
         parts: list[str] = []
-        lines: dict[str, tuple[Rows, Sequence[float], str]] = {}
+        lines: dict[str, _Lines] = {}
         for family in families:
             rows, values = family.rows, family.values
             if not values:
                 continue
-            before = self._lines.get(family.name)
-            if before is None or before[0] is not rows or before[1] != values:
-                before = (rows, values, _render_lines(rows, values))
-            lines[family.name] = before
+            kept = self._lines.get(family.name)
+            if kept is None or kept.rows is not rows:
+                kept = _Lines(rows)
+            lines[family.name] = kept
             parts.append(_header(family, openmetrics=openmetrics))
             examples = exemplars.get(family.name) if openmetrics and family.kind == "histogram" else None
-            parts.append(_with_exemplars(rows, before[2], examples) if examples else before[2])
+            parts += kept.render(values, examples)
         self._lines = lines  # families that are gone are forgotten
         if openmetrics:
             parts.append("# EOF\n")
         return "".join(parts).encode("utf-8", errors="replace")
 
 
-def _render_lines(rows: Rows, values: Sequence[float]) -> str:
-    if not rows.prefixes:
-        rows.prefixes = tuple(_prefix(name, labels) for name, labels in rows.series)
-    numbers: Iterable[str] = map(repr, values)
-    if not isfinite(sum(values)):
-        numbers = (_SPELLED.get(number, number) for number in numbers)
-    return "\n".join(map(add, rows.prefixes, numbers)) + "\n"
+class _Lines:
+    """The lines of a family, in runs, as they were rendered last."""
 
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        if not rows.prefixes:
+            rows.prefixes = tuple(_prefix(name, labels) for name, labels in rows.series)
+        self._values: Sequence[float] = ()
+        self._runs: list[str] = []
+        self._examples: _Examples = {}
+        self._places: dict[_Row, int] | None = None
+        self._texts: dict[int, dict[int, str]] = {}  # by run, then by place in it
+        self._with_examples: dict[int, tuple[str, dict[int, str], str]] = {}
 
-def _with_exemplars(
-    rows: Rows, text: str, exemplars: Mapping[tuple[str, tuple[tuple[str, str], ...]], Exemplar]
-) -> str:
-    lines = text.split("\n")
-    for number, row in enumerate(rows.series):
-        found = exemplars.get(row)
-        if found is not None:
-            lines[number] += (
-                f' # {{trace_id="{found.trace_id}",span_id="{found.span_id}"}} {found.value!r} {found.time:.3f}'
-            )
-    return "\n".join(lines)
+    def render(self, values: Sequence[float], examples: _Examples | None) -> list[str]:
+        """Return the lines, in parts that end with a line break. The list is not to be changed."""
+        before = self._values
+        if values is not before:
+            if len(before) != len(values) or type(before) is not type(values):
+                self._runs = [self._run(start, values) for start in range(0, len(values), _RUN)]
+            else:
+                for number, start in enumerate(range(0, len(values), _RUN)):
+                    if values[start : start + _RUN] != before[start : start + _RUN]:
+                        self._runs[number] = self._run(start, values)
+            self._values = values
+        return self._and_examples(examples) if examples else self._runs
+
+    def _run(self, start: int, values: Sequence[float]) -> str:
+        some = values[start : start + _RUN]
+        numbers: Iterable[str] = map(repr, some)
+        if not isfinite(sum(some)):
+            numbers = (_SPELLED.get(number, number) for number in numbers)
+        return "\n".join(map(add, self.rows.prefixes[start : start + _RUN], numbers)) + "\n"
+
+    def _and_examples(self, examples: _Examples) -> list[str]:
+        if self._places is None:
+            self._places = {row: number for number, row in enumerate(self.rows.series)}
+        if examples is not self._examples:
+            self._texts = {}
+            for row, found in examples.items():
+                number = self._places.get(row)
+                if number is not None:
+                    self._texts.setdefault(number // _RUN, {})[number % _RUN] = (
+                        f' # {{trace_id="{found.trace_id}",span_id="{found.span_id}"}} {found.value!r} {found.time:.3f}'
+                    )
+            self._examples = examples
+        runs = self._runs.copy()
+        for number, texts in self._texts.items():
+            run = runs[number]
+            known = self._with_examples.get(number)
+            if known is None or known[0] is not run or known[1] != texts:
+                lines = run.split("\n")
+                for place, text in texts.items():
+                    lines[place] += text
+                known = self._with_examples[number] = (run, texts, "\n".join(lines))
+            runs[number] = known[2]
+        return runs
 
 
 def _header(family: Family, *, openmetrics: bool) -> str:

@@ -41,9 +41,13 @@ class _Total:
             return
         if len(values) != len(last) or any(map(_fell, values[: self._counts], last)):
             last[:] = [0.0] * len(values)
-        view = self.handle.view
+        handle = self.handle
+        view = handle.view
+        mark = handle.mark if isinstance(handle, Histogram) else None
         for index, value, before in zip(self._indexes, values, last, strict=True):
             if value != before:
+                if mark is not None:
+                    view[mark] = 1.0  # each time: marks may settle in between
                 view[index] += value - before
         last[:] = values
 

@@ -26,6 +26,9 @@ INTERVAL = 1.0
 """Seconds that a bucket's exemplar stays at least."""
 _RECORD = struct.Struct("<Qdd16s8sI12x")
 _CHECKED = struct.Struct("<Qdd16s8s")
+"""The start of a record, over which its checksum is."""
+_RUN = 8 * _RECORD.size
+"""Bytes that are compared together."""
 _VERSION = 1
 _FILE = re.compile(r"exemplars_slot(\d+)\.ring")
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -85,67 +88,171 @@ class Ring:
 
 
 class ExemplarReader:
-    """The reading side: the latest exemplar of each bucket over all workers. Not for concurrent use."""
+    """The reading side: the latest exemplar of each bucket over all workers. Not for concurrent use.
+
+    Only records that were written since the last read are looked at, and a family in which nothing changed is the
+    same object as before.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._buckets: dict[int, tuple[tuple[int, int], dict[int, int]]] = {}
-        self._numbers: dict[_Bucket, int] = {}
+        self._numbers = _Numbers()
+        self._slots: dict[int, _Slot] = {}
+        self._latest: dict[int, _Found] = {}
+        self._families: Exemplars = {}
 
     def read(self) -> Exemplars:
         """Read what is there; what cannot be read is left out. Never raises OSError."""
-        latest: dict[int, _Found] = {}
         try:
-            names = [path.name for path in self._directory.iterdir()]
+            names = os.listdir(self._directory)  # noqa: PTH208 - a Path for each name costs more than all the rest
         except OSError:
             names = []
         slots = {int(match[1]) for name in names if (match := _FILE.fullmatch(name))}
-        for gone in self._buckets.keys() - slots:
-            del self._buckets[gone]
-        for slot in sorted(slots):
+        changed: set[int] = set()
+        lost = False
+        for gone in self._slots.keys() - slots:
+            lost |= bool(self._slots.pop(gone).records)
+        for number in sorted(slots):
+            slot = self._slots.get(number)
+            if slot is None:
+                slot = self._slots[number] = _Slot(self._directory, number)
             try:
-                self._read_slot(slot, latest)
+                lost |= slot.read(self._numbers, self._latest, changed)
             except (OSError, layout.TornFileError):
-                continue
-        families: Exemplars = {}
-        buckets = list(self._numbers) if latest else []
-        for number, (_, value, when, trace_id, span_id, _) in latest.items():
-            family, name, labels = buckets[number]
-            families.setdefault(family, {})[name, labels] = Exemplar(value, when, trace_id.hex(), span_id.hex())
-        return families
+                lost |= bool(self._slots.pop(number).records)
+        if lost:
+            changed.update(self._latest)
+            self._find_all()
+            changed.update(self._latest)
+        if changed:
+            self._make(changed)
+        return self._families
 
-    def _read_slot(self, slot: int, latest: dict[int, _Found]) -> None:
-        content = _read_file(self._directory / file_name(slot), RECORDS * _RECORD.size)
-        if len(content) < _RECORD.size:
-            return
-        buckets = self._buckets_of(slot)
-        found: _Found
-        for found in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size]):
+    def _find_all(self) -> None:
+        """Find the latest of each bucket among all records: what was the latest is gone."""
+        latest = self._latest = dict[int, _Found]()
+        for _, slot in sorted(self._slots.items()):
+            for found in slot.records:
+                bucket = slot.buckets.get(found[0])
+                if bucket is not None:
+                    known = latest.get(bucket)
+                    if (known is None or known[2] < found[2]) and found[5] == _checksum(found[:5]):
+                        latest[bucket] = found
+
+    def _make(self, changed: set[int]) -> None:
+        """Bring the families of some buckets up to date, in copies: whoever holds the ones before keeps them so."""
+        families, copied = dict(self._families), set[str]()
+        for number in changed:
+            family, name, labels = self._numbers.buckets[number]
+            if family not in copied:
+                copied.add(family)
+                families[family] = dict(families.get(family, {}))
+            found = self._latest.get(number)
+            if found is None:
+                families[family].pop((name, labels), None)
+            else:
+                families[family][name, labels] = Exemplar(found[1], found[2], found[3].hex(), found[4].hex())
+        self._families = {name: rows for name, rows in families.items() if rows}
+
+
+class _Slot:
+    """One worker's exemplars as last read."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._ring = directory / file_name(number)
+        self._histograms = directory / layout.file_name("histogram", number)
+        self._content = b""
+        self._known: tuple[int, int] = (-1, 0)
+        self.records: list[_Found] = []
+        """As they are in the file; some may be torn."""
+        self.buckets: dict[int, int] = {}
+        """The number of the bucket that each index of the histograms stands for."""
+
+    def read(self, numbers: _Numbers, latest: dict[int, _Found], changed: set[int]) -> bool:
+        """Take what was written since into the latest, and note which buckets changed.
+
+        Returns whether a record is gone, so that the latest must be found anew. Raises OSError and TornFileError.
+        """
+        content = _read_file(self._ring, RECORDS * _RECORD.size)
+        content = content[: len(content) // _RECORD.size * _RECORD.size]
+        if not content and not self.records:
+            return False
+        inode = self._histograms.stat().st_ino
+        if content == self._content and inode == self._known[0]:
+            return False
+        before, self._content = self._content, content
+        if self._learn(inode, numbers) or len(content) < len(before):
+            self.records = list(_RECORD.iter_unpack(content))
+            return True
+        lost = False
+        for start in range(0, len(content), _RUN):
+            run = content[start : start + _RUN]
+            if run != before[start : start + _RUN]:
+                lost |= self._take(run, start // _RECORD.size, latest, changed)
+        return lost
+
+    def _take(self, run: bytes, place: int, latest: dict[int, _Found], changed: set[int]) -> bool:
+        """Take some records, of which the first one has this place."""
+        records, buckets, lost = self.records, self.buckets, False
+        olds = records[place : place + len(run) // _RECORD.size]
+        news: list[_Found] = list(_RECORD.iter_unpack(run))
+        records[place : place + len(news)] = news
+        for number, found in enumerate(news):
+            old = olds[number] if number < len(olds) else None
+            if found == old:
+                continue
             bucket = buckets.get(found[0])
             if bucket is not None:
                 known = latest.get(bucket)
-                if (known is None or known[2] < found[2]) and found[5] == _checksum(found[:5]):
-                    latest[bucket] = found
+                if known is None or known[2] < found[2]:
+                    start = number * _RECORD.size
+                    if found[5] == zlib.crc32(run[start : start + _CHECKED.size], _VERSION):
+                        latest[bucket] = found
+                        changed.add(bucket)
+                        if old is None or old[0] == found[0]:
+                            continue
+            if old is not None:
+                before = buckets.get(old[0])
+                lost |= before is not None and latest.get(before) == old
+        return lost
 
-    def _buckets_of(self, slot: int) -> dict[int, int]:
-        """Return the number of the bucket that each index of a slot's histograms stands for.
+    def _learn(self, inode: int, numbers: _Numbers) -> bool:
+        """Learn which bucket each index of the histograms stands for; return whether another file is meant now.
 
-        The file is parsed anew when it has grown or was replaced.
+        The file is parsed anew when it was replaced, and from where it ended when it has grown.
         """
-        path = self._directory / layout.file_name("histogram", slot)
-        status = path.stat()
-        used = layout.read_used(_read_file(path, layout.HEADER))
-        known = self._buckets.get(slot)
-        if known is None or known[0] != (status.st_ino, used):
-            entries = layout.parse(_read_file(path, used), layout.HEADER, used)
-            numbers = self._numbers
-            buckets = {
-                index: numbers.setdefault(bucket, len(numbers))
-                for raw, index in entries
-                if (bucket := _bucket(raw)) is not None
-            }
-            known = self._buckets[slot] = ((status.st_ino, used), buckets)
-        return known[1]
+        before, start = self._known
+        used = layout.read_used(_read_file(self._histograms, layout.HEADER))
+        if before != inode or used < start:
+            self.buckets, start = {}, layout.HEADER
+        entries = layout.parse(_read_file(self._histograms, used - start, start), 0, used - start, start)
+        for raw, index in entries:
+            number = numbers.of(raw)
+            if number is not None:
+                self.buckets[index] = number
+        self._known = (inode, used)
+        return before != inode
+
+
+class _Numbers:
+    """Numbers for buckets. A key is parsed once, however many workers have it."""
+
+    def __init__(self) -> None:
+        self.buckets: list[_Bucket] = []
+        self._by_key: dict[bytes, int | None] = {}
+        self._by_bucket: dict[_Bucket, int] = {}
+
+    def of(self, raw: bytes) -> int | None:
+        """Return the number of a key's bucket; None for a key that is no bucket's."""
+        if raw not in self._by_key:
+            bucket = _bucket(raw)
+            number = None
+            if bucket is not None:
+                number = self._by_bucket.setdefault(bucket, len(self.buckets))
+                if number == len(self.buckets):
+                    self.buckets.append(bucket)
+            self._by_key[raw] = number
+        return self._by_key[raw]
 
 
 _Bucket = tuple[str, str, Labels]
@@ -162,9 +269,9 @@ def _checksum(fields: tuple[int, float, float, bytes, bytes]) -> int:
     return zlib.crc32(_CHECKED.pack(*fields), _VERSION)
 
 
-def _read_file(path: Path, most: int) -> bytes:
+def _read_file(path: Path, most: int, start: int = 0) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS)
     try:
-        return os.pread(fd, most, 0)
+        return os.pread(fd, most, start)
     finally:
         os.close(fd)

@@ -74,12 +74,18 @@ class RecentGauge(Gauge):
 
 
 class Histogram(Handle):
-    """Counts of observations by upper bound, and their sum. ``index`` is the sum's, ``cells`` are the buckets'."""
+    """Counts of observations by upper bound, and their sum.
 
-    __slots__ = ("bounds", "cells")
+    ``index`` is the sum's, ``cells`` are the buckets', ``mark`` the flag to set before a write (see ``marks``).
+    """
 
-    def __init__(self, view: memoryview[float], index: int, cells: tuple[int, ...], bounds: tuple[float, ...]) -> None:
+    __slots__ = ("bounds", "cells", "mark")
+
+    def __init__(
+        self, view: memoryview[float], index: int, cells: tuple[int, ...], bounds: tuple[float, ...], mark: int
+    ) -> None:
         super().__init__(view, index)
+        self.mark = mark
         self.cells = cells
         self.bounds = bounds
 
@@ -88,6 +94,7 @@ class Histogram(Handle):
         # The only call comes first: what follows is one uninterrupted step, also while the handle moves elsewhere.
         bucket = bisect_left(self.bounds, value)
         view = self.view
+        view[self.mark] = 1.0
         view[self.cells[bucket]] += 1.0
         view[self.index] += value
 
@@ -95,6 +102,7 @@ class Histogram(Handle):
         """Count the same observation several times."""
         bucket = bisect_left(self.bounds, value)
         view = self.view
+        view[self.mark] = 1.0
         view[self.cells[bucket]] += count
         view[self.index] += value * count
 

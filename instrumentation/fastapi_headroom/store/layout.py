@@ -20,7 +20,7 @@ from fastapi_headroom.errors import StoreError
 
 HEADER = 8
 """Bytes before the first entry."""
-VERSION = 1
+VERSION = 2
 """Raised when our use of the format changes, so that files of another version are carried over."""
 GAUGE_MODES = ("all", "liveall", "min", "livemin", "max", "livemax", "sum", "livesum", "mostrecent", "livemostrecent")
 

@@ -1,17 +1,24 @@
-"""Merging the columns of many files into families, to the numbers that prometheus_client would get."""
+"""Merging the columns of many files into totals, to the numbers that prometheus_client would get.
+
+A total that changed is summed anew from all files, in the order in which a first merge would: never adjusted by a
+difference, which would drift. So what comes out is the same to the last bit however often was merged before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from operator import add
+from typing import Protocol
 
 from fastapi_headroom.store import layout
 from fastapi_headroom.store.files import Layout, picker
 from fastapi_headroom.store.layout import FileName
-from fastapi_headroom.store.snapshot import Family, Labels, Rows
+from fastapi_headroom.store.snapshot import Labels
 
-Column = Sequence[float]
+Fold = Callable[[Iterable[float]], float]
+_GroupKey = tuple[str, str]
+"""Kind and mode of files: what is merged with each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +69,101 @@ def _check_bound(labels: Labels, raw: bytes) -> None:
         raise layout.TornFileError(f"a bucket's bound is no number: {raw[:80]!r}") from None
 
 
-class Totals:
-    """The merged value of every series in one read; None where no file has it."""
+class Column(Protocol):
+    """The values of one file, or of one region in memory."""
 
-    def __init__(self, size: int) -> None:
-        self.values: list[float | None] = [None] * size
-        self._groups: dict[tuple[str, Layout], list[Column]] = {}
-        self._times: dict[int, float] = {}
+    kind: str
+    mode: str
+    layout: Layout | None
 
-    def add(self, mode: str, layout_: Layout, column: Column) -> None:
-        """Take note of one file's values; they are merged by ``finish``."""
-        self._groups.setdefault((mode, layout_), []).append(column)
+    @property
+    def column(self) -> Sequence[float]:
+        """One value per series of the layout."""
 
-    def add_recent(self, layout_: Layout, column: Column, times: Column) -> None:
-        """Merge one file of gauges of which the latest write counts."""
-        for number, value, time in zip(layout_.series, column, times, strict=True):
-            if time > self._times.get(number, 0.0):
-                self._times[number], self.values[number] = time, value
+    @property
+    def times(self) -> Sequence[float] | None:
+        """When each was written, for gauges of which the latest write counts."""
 
-    def finish(self) -> list[float | None]:
+    @property
+    def changed(self) -> Sequence[int] | None:
+        """Places that changed since the merge before; None when that is not known."""
+
+    def compare(self) -> bool:
+        """Find out what changed, if that was left open; return whether it is known now."""
+
+
+class Merger:
+    """Merges read after read: all columns when files or series come or go, else the series that changed."""
+
+    def __init__(self) -> None:
+        self.totals: list[float | None] = []
+        """The merged value of every series; None where no file has it."""
+        self._inputs: list[tuple[int, Layout | None]] = []
+        self._columns: Sequence[Column] = ()
+        self._groups: dict[_GroupKey, list[tuple[Layout, list[Column]]]] = {}
+        self._recent: list[Column] = []
+        self._is_plain = False
+
+    def merge(self, columns: Sequence[Column], size: int) -> set[int] | None:
+        """Bring the totals of ``size`` series up to date; return the series that changed, None for all of them."""
+        groups = self._changed(columns, size)
+        # Beyond a quarter it is cheaper to merge whole columns.
+        if groups is None or sum(map(len, groups.values())) * 4 > size:
+            self._merge_all(columns, size)
+            return None
+        changed: set[int] = set()
+        for group, numbers in groups.items():
+            self._sum_anew(group, sorted(numbers))
+            changed |= numbers
+        recent = [number for column in self._recent if column.layout for number in column.layout.series]
+        if recent and any(column.changed for column in self._recent):
+            for number in recent:
+                self.totals[number] = None
+            self._merge_recent()
+            changed.update(recent)
+        return changed
+
+    def _changed(self, columns: Sequence[Column], size: int) -> dict[_GroupKey, set[int]] | None:
+        """Return the series that changed, by kind and mode of their files; None when all must be merged."""
+        inputs = [(id(column), column.layout) for column in columns]
+        if not self._is_plain or size != len(self.totals) or inputs != self._inputs:
+            return None
+        # Where much was read as a whole, looking for what is the same in it would cost more than merging all.
+        unknown = sum(len(column.column) for column in columns if column.changed is None)
+        if unknown * 4 > sum(len(column.column) for column in columns):
+            return None
+        changed: dict[_GroupKey, set[int]] = {}
+        for column in columns:
+            if column.changed is None and not column.compare():
+                return None
+            if column.changed and column.layout is not None and column.times is None:
+                series = column.layout.series
+                changed.setdefault((column.kind, column.mode), set()).update(
+                    [series[place] for place in column.changed]
+                )
+        return changed
+
+    def _merge_all(self, columns: Sequence[Column], size: int) -> None:
         """Merge files of one layout column-wise, and then the layouts."""
-        values = self.values
-        for (mode, layout_), columns in self._groups.items():
-            fold: Callable[[Iterable[float]], float] = {"min": min, "max": max}.get(mode, sum)
-            merged = columns[0] if len(columns) == 1 else map(fold, zip(*columns, strict=True))
-            if mode in ("min", "max"):
+        self._inputs = [(id(column), column.layout) for column in columns]
+        self._columns = columns  # an id is that of one object as long as the object lives
+        groups: dict[tuple[_GroupKey, Layout], list[Column]] = {}
+        self._recent = []
+        for column in columns:
+            if column.times is not None:
+                self._recent.append(column)
+            elif column.layout is not None:
+                groups.setdefault(((column.kind, column.mode), column.layout), []).append(column)
+        self._groups = {}
+        for (group, layout_), members in groups.items():
+            self._groups.setdefault(group, []).append((layout_, members))
+        self._is_plain = all(layout_.is_plain for _, layout_ in groups)
+        values: list[float | None] = [None] * size
+        for ((_, mode), layout_), members in groups.items():
+            fold = _FOLDS.get(mode, sum)
+            lists = [member.column for member in members]
+            merged = lists[0] if len(lists) == 1 else map(fold, zip(*lists, strict=True))
+            if mode in _FOLDS:
                 for number, value in zip(layout_.series, merged, strict=True):
                     before = values[number]
                     values[number] = value if before is None else fold((before, value))
@@ -94,71 +171,49 @@ class Totals:
                 for number, value in zip(layout_.series, merged, strict=True):
                     before = values[number]
                     values[number] = value if before is None else before + value
-        return values
+        self.totals = values
+        self._merge_recent()
 
-
-class Plan:
-    """How totals become families: made once for a set of series, used until one comes or goes."""
-
-    def __init__(self, index: SeriesIndex, present: Iterable[int]) -> None:
-        families: dict[str, list[int]] = {}
-        for number in present:
-            series = index.series[number]
-            members = families.setdefault(series.family, [])
-            # Two kinds of one name cannot be exposed together: the first that was seen stays.
-            if not members or index.series[members[0]].kind == series.kind:
-                members.append(number)
-        self._families = [
-            _FamilyPlan(name, index, members) for name, members in sorted(families.items(), key=lambda item: item[0])
-        ]
-
-    def families(self, totals: Sequence[float | None]) -> list[Family]:
-        """Return the families of one read."""
-        return [plan.family(totals) for plan in self._families]
-
-
-class _FamilyPlan:
-    def __init__(self, name: str, index: SeriesIndex, members: list[int]) -> None:
-        self.name, self.kind, self._help = name, index.series[members[0]].kind, index.help
-        if self.kind != "histogram":
-            members = sorted(members, key=lambda number: index.series[number].labels)
-            self.rows = Rows(tuple((index.series[number].name, index.series[number].labels) for number in members))
-            self._pick = picker(members)
-            return
-        sets: dict[Labels, tuple[dict[float, list[int]], list[int]]] = {}
-        for number in members:
-            labels = index.series[number].labels
-            bound = next((text for label, text in labels if label == "le"), None)
-            without = tuple(pair for pair in labels if pair[0] != "le")
-            buckets, others = sets.setdefault(without, ({}, []))
-            if bound is None:
-                others.append(number)
+    def _sum_anew(self, group: _GroupKey, numbers: list[int]) -> None:
+        """Merge some series, which all live in files of one kind and mode, in the order of ``_merge_all``."""
+        merged: dict[int, float] = {}
+        in_order = False
+        fold = _FOLDS.get(group[1], sum)
+        for layout_, members in self._groups[group]:
+            places = layout_.places
+            if numbers[-1] >= len(places) or -1 in (found := picker(numbers)(places)):
+                here = [number for number in numbers if number < len(places) and places[number] >= 0]
+                if not here:
+                    continue
+                found = picker(here)(places)
             else:
-                buckets.setdefault(float(bound), []).append(number)
-        rows: list[tuple[str, Labels]] = []
-        self._parts = []
-        for labels, (buckets, others) in sorted(sets.items()):
-            bounds = sorted(buckets)
-            # Bounds that are spelled differently ("1" and "1.0") are one bucket: the row of the last one counts.
-            cells = [number for bound in bounds for number in buckets[bound]]
-            ends = [sum(len(buckets[bound]) for bound in bounds[: i + 1]) - 1 for i in range(len(bounds))]
-            plain = len(cells) == len(bounds)
-            others = [number for number in others if not (bounds and index.series[number].name == f"{name}_count")]
-            rows += [(f"{name}_bucket", tuple(sorted((*labels, ("le", layout.bound_text(bound)))))) for bound in bounds]
-            rows += [(index.series[number].name, labels) for number in others]
-            if bounds:
-                rows.append((f"{name}_count", labels))
-            self._parts.append((picker(cells), None if plain else picker(ends), picker(others), bool(bounds)))
-        self.rows = Rows(tuple(rows))
+                here = numbers
+            pick = picker(found)
+            lists = [pick(member.column) for member in members]
+            values = lists[0] if len(lists) == 1 else map(fold, zip(*lists, strict=True))
+            if not merged:
+                merged = dict(zip(here, values, strict=True))
+                in_order = len(here) == len(numbers)
+            elif in_order and fold is sum and len(here) == len(numbers):
+                merged = dict(zip(here, map(add, merged.values(), values), strict=True))
+            else:
+                for number, value in zip(here, values, strict=True):
+                    before = merged.get(number)
+                    if before is None:
+                        merged[number] = value
+                    else:
+                        merged[number] = before + value if fold is sum else fold((before, value))
+        for number in numbers:
+            self.totals[number] = merged.get(number)
 
-    def family(self, totals: Sequence[float | None]) -> Family:
-        if self.kind != "histogram":
-            return Family.of_rows(self.name, self.kind, self._help[self.name], self.rows, self._pick(totals))
-        values: list[float] = []
-        for pick_cells, pick_ends, pick_others, has_buckets in self._parts:
-            cumulative: Sequence[float] = list(accumulate(pick_cells(totals)))
-            values += cumulative if pick_ends is None else pick_ends(cumulative)
-            values += pick_others(totals)
-            if has_buckets:
-                values.append(cumulative[-1])
-        return Family.of_rows(self.name, self.kind, self._help[self.name], self.rows, values)
+    def _merge_recent(self) -> None:
+        times: dict[int, float] = {}
+        for column in self._recent:
+            assert column.layout is not None and column.times is not None
+            for number, value, time in zip(column.layout.series, column.column, column.times, strict=True):
+                if time > times.get(number, 0.0):
+                    times[number], self.totals[number] = time, value
+
+
+_FOLDS: dict[str, Fold] = {"min": min, "max": max}
+"""How gauges of a mode are merged where they are not summed."""

@@ -30,8 +30,10 @@ def move(source: Region, target: Region, *, same_file: bool = False) -> None:
             indexes = (index, *first.cells) if isinstance(first, Histogram) else (index,)
             places = target.place([keys[i] for i in indexes])
             target.handles += handles
+            target.marks.flag_all()  # before each step: settling may come in between
+            mark = target.marks.index(places)
             with counting_lock():
-                _send(handles, target.view, places)
+                _send(handles, target.view, places, mark)
             if not same_file and not isinstance(first, Gauge):
                 _add(source.view, indexes, target.view, places)
             for i in indexes:
@@ -39,13 +41,14 @@ def move(source: Region, target: Region, *, same_file: bool = False) -> None:
         for raw, index in list(source.positions.items()):  # series of an earlier owner that nobody writes to now
             places = target.place([raw])
             if not same_file:
+                target.marks.flag_all()
                 _add(source.view, (index,), target.view, places)
             del source.positions[raw]
     finally:
         source.handles = [handle for handle in source.handles if handle.view is source.view]
 
 
-def _send(handles: Sequence[Handle], view: memoryview[float], places: Sequence[int]) -> None:
+def _send(handles: Sequence[Handle], view: memoryview[float], places: Sequence[int], mark: int) -> None:
     place, cells = places[0], tuple(places[1:])
     for handle in handles:
         # No call and no loop between the assignments of one handle: no other thread runs in between.
@@ -53,7 +56,7 @@ def _send(handles: Sequence[Handle], view: memoryview[float], places: Sequence[i
             view[place] = handle.view[handle.index]
             view[place + 1] = handle.view[handle.index + 1]
         elif isinstance(handle, Histogram):
-            handle.cells = cells
+            handle.cells, handle.mark = cells, mark
         handle.view = view
         handle.index = place
 

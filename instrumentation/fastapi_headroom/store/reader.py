@@ -4,9 +4,10 @@ Reads what our writer and prometheus_client write, with the semantics of prometh
 ``MultiProcessCollector``; besides, live gauges of slots whose worker is dead are left out. A file that is
 torn, truncated or foreign is skipped, named in ``Snapshot.unreadable`` and, once, in the log.
 
-What makes it fast: keys are parsed once (``files``), files of one layout are summed column-wise (``merge``), and
-a family's ``rows`` are the same object from read to read until a series comes or goes, so the exposition can keep
-what it derives from them (``rows.prefixes``) and format nothing but ``values``.
+What makes it fast: keys are parsed once and blocks that nobody wrote to are not read again (``files``, ``marks``);
+files of one layout are summed column-wise, and later on those series only that changed (``merge``); a family in which
+nothing changed is the same object as before, and its ``rows`` are as long as no series comes or goes (``plan``), so
+the exposition can keep what it derives from them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi_headroom import catalog
@@ -23,7 +25,8 @@ from fastapi_headroom.store import layout, memory, slot
 from fastapi_headroom.store.files import Buffer, Layout, Layouts, StoreFile
 from fastapi_headroom.store.layout import FileName, TornFileError
 from fastapi_headroom.store.memory import Held
-from fastapi_headroom.store.merge import Plan, SeriesIndex, Totals
+from fastapi_headroom.store.merge import Column, Merger, SeriesIndex
+from fastapi_headroom.store.plan import Plan
 from fastapi_headroom.store.snapshot import Family, Rows, Snapshot
 
 __all__ = ["Family", "Reader", "Rows", "Snapshot", "held_here"]
@@ -33,10 +36,23 @@ _MANY = 65_536
 _GRACE_SECONDS = 2.0
 _SUM = "sum"
 _OF_DEGRADED = FileName("gauge", catalog.STORE_DEGRADED.mode, "", None)
-Column = tuple[str, Layout, Sequence[float], Sequence[float] | None]
-"""Gauge mode, layout, values, and times where they matter."""
 _FORGET_BEYOND = 10_000
 """Series that are gone may be remembered up to this many, or as many as there are."""
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A column that is new in each read."""
+
+    kind: str
+    mode: str
+    layout: Layout | None
+    column: Sequence[float]
+    times: Sequence[float] | None = None
+    changed: Sequence[int] | None = None
+
+    def compare(self) -> bool:
+        return False
 
 
 def held_here(directory: Path) -> bool:
@@ -75,14 +91,16 @@ class Reader:
             if not isinstance(error, FileNotFoundError):
                 self._report(str(self._directory), error)
         snapshot = Snapshot(alive=self._alive([item for item in listing if item[0].endswith(".lock")]))
-        totals = self._merge([item for item in listing if item[0].endswith(".db")], held, snapshot)
-        absent = (
-            frozenset(number for number, value in enumerate(totals) if value is None) if None in totals else frozenset()
-        )
-        if (len(totals), absent) != self._planned:
-            self._plan = Plan(self._index, [number for number in range(len(totals)) if number not in absent])
-            self._planned = (len(totals), absent)
-        snapshot.families = self._plan.families(totals)
+        changed = self._merge([item for item in listing if item[0].endswith(".db")], held, snapshot)
+        totals = self._merger.totals
+        absent = self._planned[1]
+        if changed is None or any((totals[number] is None) != (number in absent) for number in changed):
+            changed = None
+            absent = frozenset(number for number, value in enumerate(totals) if value is None)
+            if (len(totals), absent) != self._planned:
+                self._plan = Plan(self._index, [number for number in range(len(totals)) if number not in absent])
+                self._planned = (len(totals), absent)
+        snapshot.families = self._plan.families(totals, changed)
         if len(absent) > max(_FORGET_BEYOND, len(totals) - len(absent)):
             self._forget_series()
         return snapshot
@@ -118,7 +136,7 @@ class Reader:
                 self._report(name, error)
         return sorted(alive)
 
-    def _merge(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> list[float | None]:
+    def _merge(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> set[int] | None:
         for gone in self._files.keys() - {name for name, _ in listing}:
             self._files.pop(gone).close()
         alive = set(snapshot.alive)
@@ -133,29 +151,23 @@ class Reader:
         pins = self._pins - len(self._locks)
         for number, (name, file) in enumerate(read):
             try:
-                view = file.read(self._buffer, self._layouts, pin=number < pins)
+                file.read(self._buffer, self._layouts, pin=number < pins)
             except FileNotFoundError:
                 continue  # it went between the listing and now, as live gauges do when a worker restarts
             except (OSError, TornFileError) as error:
                 snapshot.unreadable.append(name)
                 self._report(name, error)
                 continue
-            if file.layout is not None:
-                mode = file.name.mode.removeprefix("live")
-                times = file.layout.pick_times(view) if mode == "mostrecent" else None
-                columns.append((mode, file.layout, file.layout.pick(view), times))
+            columns.append(file)
         columns += [self._column(part) for part in held]
         if degraded := self._degraded_elsewhere(listing, held, snapshot):
             number = self._index.number(_OF_DEGRADED, layout.keys_of(catalog.STORE_DEGRADED, [])[0])
-            columns.append((_SUM, self._layouts.get((number,), (0,)), (float(degraded),), None))
+            columns.append(_Held("gauge", _SUM, self._layouts.get((number,), (0,)), (float(degraded),)))
         snapshot.unreadable.sort()
-        totals = Totals(len(self._index.series))
-        for mode, layout_, column, times in columns:
-            if times is None:
-                totals.add(mode, layout_, column)
-            else:
-                totals.add_recent(layout_, column, times)
-        return totals.finish()
+        changed = self._merger.merge(columns, len(self._index.series))
+        for _, file in read:
+            file.forget()
+        return changed
 
     def _column(self, part: Held) -> Column:
         """Return what this process holds in memory as if it were a file."""
@@ -167,7 +179,9 @@ class Reader:
         layout_ = self._layouts.get(series, tuple(index for _, index in positions))
         mode = name.mode.removeprefix("live")
         view = part.region.view
-        return mode, layout_, layout_.pick(view), layout_.pick_times(view) if mode == "mostrecent" else None
+        return _Held(
+            name.kind, mode, layout_, layout_.pick(view), layout_.pick_times(view) if mode == "mostrecent" else None
+        )
 
     def _degraded_elsewhere(self, listing: list[tuple[str, int]], held: list[Held], snapshot: Snapshot) -> int:
         """Return how many workers of other processes live but write no files: theirs is all in memory.
@@ -208,5 +222,6 @@ class Reader:
         self._files.clear()
         self._index = SeriesIndex()
         self._layouts = Layouts()
+        self._merger = Merger()
         self._plan = Plan(self._index, ())
         self._planned = (0, frozenset())

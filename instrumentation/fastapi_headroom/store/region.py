@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastapi_headroom.store import layout
 from fastapi_headroom.store.handles import Handle
+from fastapi_headroom.store.marks import TABLE, Marks, are_kept_in
 from fastapi_headroom.store.slot import has_name
 
 CAPACITY = 16 << 20
@@ -28,7 +29,8 @@ class FullError(Exception):
 class Region:
     """Series in one mapping. Callers hold the writer's lock, save for the handles' own writes."""
 
-    __slots__ = ("_fd", "_map", "_path", "_reserved", "capacity", "handles", "positions", "used", "view")
+    __slots__ = ("_fd", "_map", "_path", "_reserved", "capacity", "handles", "is_marked", "marks",
+                 "positions", "used", "view")  # fmt: skip
 
     def __init__(self, mapping: mmap.mmap, fd: int | None, used: int, reserved: int) -> None:
         self._map = mapping
@@ -38,6 +40,9 @@ class Region:
         self.capacity = len(mapping)
         self.used = used
         self.view: memoryview[float] = memoryview(mapping).cast("d")
+        self.marks = Marks(self.view, self.capacity)
+        self.is_marked = False
+        """Whether readers find marks in the file."""
         self.positions: dict[bytes, int] = {}
         self.handles: list[Handle] = []
 
@@ -65,11 +70,12 @@ class Region:
         try:
             os.fchmod(fd, mode)
             content = b"".join(layout.entry(raw, value) for raw, value in entries)
-            region = cls._map_file(fd, capacity, layout.HEADER + len(content))
+            region = cls._map_file(fd, path, capacity, layout.HEADER + len(content))
             region._map[layout.HEADER : region.used] = content
             region._map[0:4] = layout.used_header(region.used)
             region.positions = dict(layout.parse(memoryview(region._map), layout.HEADER, region.used))
             region._path = path
+            region._begin_marks()
         except BaseException:
             os.close(fd)
             unnamed.unlink(missing_ok=True)
@@ -93,12 +99,13 @@ class Region:
             size = os.fstat(fd).st_size
             used = layout.read_used(os.pread(fd, layout.HEADER, 0))
             positions = dict(layout.parse(_read(fd, min(used, size)), layout.HEADER, used))
-            region = cls._map_file(fd, max(capacity, size // 8 * 8), used)
+            region = cls._map_file(fd, path, max(capacity, size // 8 * 8), used)
         except BaseException:
             os.close(fd)
             raise
         region.positions = positions
         region._path = path
+        region._begin_marks()
         return region
 
     @property
@@ -124,13 +131,15 @@ class Region:
             self._fd = None
 
     @classmethod
-    def _map_file(cls, fd: int, capacity: int, used: int) -> Region:
-        if used > capacity:
+    def _map_file(cls, fd: int, path: Path, capacity: int, used: int) -> Region:
+        if used > capacity - TABLE:
             raise FullError
         if os.fstat(fd).st_size < capacity:
             os.ftruncate(fd, capacity)
         reserved = min(capacity, _round_up(used))
         _reserve(fd, 0, reserved)
+        if are_kept_in(path.name):
+            _reserve(fd, capacity - TABLE, TABLE)
         return cls(mmap.mmap(fd, capacity), fd, used, reserved)
 
     def place(self, keys: list[bytes]) -> list[int]:
@@ -143,16 +152,24 @@ class Region:
         if missing:
             content = b"".join(map(layout.entry, missing))
             start, end = self.used, self.used + len(content)
-            if end > self.capacity:
+            if end > self.capacity - TABLE:
                 raise FullError
             if end > self._reserved:
                 self._reserve_until(end)
             self._map[start:end] = content
             self.used = end
+            if self.is_marked:
+                self.marks.extend(start)
             # The entries are complete before the header speaks of them: readers take no lock.
             self._map[0:4] = layout.used_header(end)
             self.positions.update(layout.parse(content, 0, len(content), start))
         return [self.positions[raw] for raw in keys]
+
+    def _begin_marks(self) -> None:
+        assert self._path is not None
+        if are_kept_in(self._path.name):
+            self.marks.begin(self.positions.items())
+            self.is_marked = True
 
     def _reserve_until(self, end: int) -> None:
         reserved = min(self.capacity, _round_up(end))
@@ -169,6 +186,7 @@ class Region:
         self._map, self._reserved = mapping, self.capacity
         # The old mapping goes when its last user has let go of it; closing it here could fail a running write.
         self.view = memoryview(mapping).cast("d")
+        self.marks, self.is_marked = Marks(self.view, self.capacity), False
         for handle in self.handles:
             handle.view = self.view
 

@@ -144,6 +144,12 @@ class SlotFiles:
         if self.degraded_gauge is not None:
             self.degraded_gauge.set(float(degraded))
 
+    def settle(self) -> None:
+        """Let readers tell what is written from now on from what was written before. About 5 us."""
+        for region in self.regions.values():
+            if region.is_marked:
+                region.marks.settle()
+
     def leave(self, *, copy: bool) -> None:
         """Go on in memory for good, with the values or with zeros."""
         for _, region in self.all():

@@ -125,10 +125,15 @@ class Writer:
         return self.samples()[name, tuple(sorted(labels.items()))]
 
     def tend(self) -> None:
-        """Move what waits in memory to files as soon as that can be. For a thread that may wait, once a second."""
+        """Move what waits in memory to files as soon as that can be, and settle marks (see ``marks``).
+
+        For a thread that may wait, once a second.
+        """
         if self._files.look_after():
             with memory.moving(), self._lock:
                 self._files.tend()
+        with self._lock:
+            self._files.settle()
 
     def close(self) -> None:
         """Release the slot; handles go on in anonymous memory. Idempotent."""
@@ -195,7 +200,9 @@ class Writer:
     def _handle(self, metric: Metric, region: Region, indexes: list[int]) -> Handle:
         handle: Handle
         if metric.kind in ("histogram", "summary"):
-            handle = _HISTOGRAM(region.view, indexes[0], tuple(indexes[1:]), metric.buckets)
+            handle = _HISTOGRAM(
+                region.view, indexes[0], tuple(indexes[1:]), metric.buckets, region.marks.index(indexes)
+            )
         elif metric.kind == "counter":
             handle = _COUNTER(region.view, indexes[0])
         elif metric.mode.endswith("mostrecent"):
