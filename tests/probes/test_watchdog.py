@@ -20,7 +20,7 @@ import pytest
 
 from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
-from fastapi_headroom.probes import watchdog
+from fastapi_headroom.probes import blocks
 from tests.probes.loops import BLOCKED, BLOCKS, RUNS, Run, measured, total, undisturbed, until, verdicts
 
 HERE = __name__
@@ -217,7 +217,7 @@ def test_block_counts_while_it_lasts(run: Run) -> None:
 
 def test_sites_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the most sites, further ones are counted as `other`."""
-    monkeypatch.setattr(watchdog, "SITES", 1)
+    monkeypatch.setattr(blocks, "SITES", 1)
 
     async def main() -> None:
         async with measured() as (writer, _):
