@@ -1,4 +1,4 @@
-"""SQLAlchemy's async sessions run their sync part in greenlets: blocks there are blamed on the code that asked for it."""
+"""SQLAlchemy's async sessions run their sync part in greenlets: blocks there have a site all the same."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes import blocks
 from tests.probes.loops import BLOCKED, BLOCKS, RUNS, Run, measured, total, undisturbed, until, verdicts
+from tests.support import loop_proofs
 
 HERE = __name__
 
@@ -185,6 +186,41 @@ def test_every_short_block_is_noticed(run: Run) -> None:
             assert named >= 0.9 * total(writer, BLOCKED)
 
     run(main())
+
+
+def test_50_of_50_blocks_are_noticed(run: Run) -> None:
+    """Blocks of 100 ms at random moments, asleep, in Python and in C with the GIL kept: all noticed, and none more."""
+    assert run(loop_proofs.notices_blocks(50)) == (50, 0)
+
+
+@pytest.mark.parametrize("hogs", [0, 2])
+def test_many_short_steps_are_no_block(run: Run, hogs: int) -> None:
+    """A hundred tasks of 2 ms steps make every beat 200 ms late, also beside processes that take the CPU: no code is
+    blamed, since no step held the loop for long."""
+    with loop_proofs.contention(hogs):
+        assert run(loop_proofs.blamed_while_busy(3)) == {}
+
+
+def test_convoy_for_the_gil_names_the_thread(run: Run) -> None:
+    """A step that often lets go of the GIL while a thread computes is blocked by that thread's code: gil."""
+
+    def convoy() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    async def step() -> None:
+        done.clear()
+        thread = threading.Thread(target=convoy)
+        thread.start()
+        end = time.monotonic() + 0.4
+        while time.monotonic() < end:
+            os.stat("/")  # noqa: PTH116 (a system call that lets go of the GIL)
+        done.set()
+        thread.join()
+
+    done = threading.Event()
+    module, function, cause, _ = only(undisturbed(run, step))
+    assert (module, function, cause) == (HERE, "test_convoy_for_the_gil_names_the_thread.convoy", "gil")
 
 
 def test_idle_loop_has_no_blocks(run: Run) -> None:

@@ -41,6 +41,8 @@ class Block:
     """A look at the stack that found the loop there."""
     requests: frozenset[Ledger]
     """Requests that were in flight meanwhile."""
+    starved: float = 0.0
+    """Seconds of it in which the loop's thread was ready and got no CPU."""
 
     @property
     def seconds(self) -> float:
@@ -72,8 +74,8 @@ class Reporter(Protocol):
 class Account:
     """Counts blocks in the store, while they last, and logs them."""
 
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+    def __init__(self, writer: Writer, threshold: float) -> None:
+        self._writer, self._threshold = writer, threshold
         self._sites: set[str] = set()
         self._counted: dict[tuple[str, Cause], float] = {}
         """Of the block that goes on."""
@@ -98,11 +100,14 @@ class Account:
 
     def _count(self, block: Block) -> None:
         """Bring what is counted for this block up to its seconds; what was put down to another cause stays there."""
-        rest = block.seconds - sum(self._counted.values())
-        if rest > 0:
-            key = (block.site, block.cause)
-            self._counted[key] = self._counted.get(key, 0.0) + rest
-            self._counter(*key).inc(rest)
+        if block.cause != "starved" and block.starved >= self._threshold:  # the code would not have held it for that
+            self._add(UNKNOWN, "starved", block.starved - self._counted.get((UNKNOWN, "starved"), 0.0))
+        self._add(block.site, block.cause, block.seconds - sum(self._counted.values()))
+
+    def _add(self, site: str, cause: Cause, seconds: float) -> None:
+        if seconds > 0:
+            self._counted[site, cause] = self._counted.get((site, cause), 0.0) + seconds
+            self._counter(site, cause).inc(seconds)
 
     def _counter(self, site: str, cause: Cause) -> Counter:
         site = self._bounded(site)
@@ -130,6 +135,8 @@ class Account:
         flight = f"; {len(losses)} {several} in flight lost {sum(losses):.3f} s together" if losses else ""
         more = f" ({self._unlogged} more since the last record)" if self._unlogged else ""
         self._unlogged = 0
+        if block.cause != "starved" and block.starved >= self._threshold:
+            more = f", {block.starved:.3f} s of it without a CPU{more}"
         stack = "".join(f"\n    {line}" for line in sample.stack) if sample is not None else ""
         log.warning(
             "fastapi-headroom: the event loop %s %.3f s by %s (%s)%s%s%s%s",

@@ -25,7 +25,6 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from random import random
-from types import FrameType
 from typing import ClassVar, Final
 
 from fastapi_headroom import catalog
@@ -142,7 +141,7 @@ class LoopProbe:
             delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
             heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second)
             heartbeat.start()
-            watchdog = Watchdog(pulse, Account(writer), self.guard, self._threshold)
+            watchdog = Watchdog(pulse, Account(writer, self._threshold), self.guard, self._threshold)
             watchdog.start()
             blocks.since = watchdog.blocks
             self._heartbeat, self._watchdog = heartbeat, watchdog
@@ -163,7 +162,7 @@ class LoopProbe:
             if blocks.since == watchdog.blocks:
                 blocks.since = None
             watchdog.stop(wait=wait)
-            if not watchdog.is_alive():  # else it does this
+            if wait or not watchdog.is_alive():
                 watchdog.pulse.close()
 
     def _each_second(self) -> float:
@@ -210,9 +209,9 @@ class Heartbeat:
         self.worst = 0.0
         """Longest delay since somebody set it to 0."""
 
-    def start(self) -> None:
-        """Schedule the first beat. Call it from a callback of the loop, not from a task."""
-        self._resume(time.monotonic(), sys._getframe(2))
+    def start(self, depth: int | None = None) -> None:
+        """Schedule the first beat. Call it from a callback of the loop; from a task give the frames below its own."""
+        self._resume(time.monotonic(), depth_of(sys._getframe(2)) if depth is None else depth)
 
     def stop(self) -> None:
         """Cancel the next beat. Safe from any thread, and when the loop is closed."""
@@ -226,10 +225,10 @@ class Heartbeat:
         late = clocks.at - beat.due
         return self.asleep + (max(0.0, late - (clocks.cpu - beat.clocks.cpu)) if late > HELD else 0.0)
 
-    def _resume(self, now: float, runner: FrameType) -> None:
-        """Take the loop as free now, whatever came before. ``runner`` is the frame that runs the loop's callbacks."""
+    def _resume(self, now: float, depth: int) -> None:
+        """Take the loop as free now, whatever came before. ``depth`` is that of the frame that runs its callbacks."""
         self._pulse.paused = False
-        self._pulse.depth = depth_of(runner)
+        self._pulse.depth = depth
         self._schedule(self._pulse.clocks(now), now)
 
     def _beat(self) -> None:
@@ -239,7 +238,7 @@ class Heartbeat:
         pulse = self._pulse
         try:
             if pulse.paused:
-                self._resume(now, sys._getframe(1))
+                self._resume(now, depth_of(sys._getframe(1)))
                 return
             clocks = pulse.clocks(now)
             before = pulse.beat

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Final
 
 from fastapi_headroom.probes import procfs
@@ -49,6 +50,8 @@ class Held:
         self.first = self.last = began
         """Between these it was surely there."""
         self.at_last = clocks
+        self.ready = clocks.ready
+        """The loop's thread's clock when ``first`` was."""
         self.late = 0.0
         """Seconds that the watchdog could not run meanwhile, for want of the GIL."""
         self.lacked = 0.0
@@ -61,7 +64,7 @@ class Held:
 
 
 class Watchdog(threading.Thread):
-    """Watches one loop until ``stop``. Closes the pulse when it ends."""
+    """Watches one loop until ``stop``."""
 
     def __init__(self, pulse: Pulse, reporter: Reporter, guard: Guard, threshold: float) -> None:
         super().__init__(name="headroom-watchdog", daemon=True)
@@ -69,7 +72,7 @@ class Watchdog(threading.Thread):
         self._tick = min(max(threshold / 5, 0.004), 0.02)
         self._suspicious = threshold / 4
         self._long_turn = min(LONG_TURN, threshold / 2)
-        self._stopped = False
+        self._stopped = self._closes = False
         self.recent: deque[Block] = deque(maxlen=MOST_RECENT)
         # About the late beat that is being looked at; _settle clears them.
         self._beat: Beat | None = None
@@ -85,7 +88,8 @@ class Watchdog(threading.Thread):
         self._threads_due = 0.0
 
     def stop(self, *, wait: bool = True) -> None:
-        """End the thread within one tick, and wait for that. Idempotent."""
+        """End the thread within one tick; idempotent. Without ``wait`` it closes the pulse, else the caller does."""
+        self._closes = not wait
         self._stopped = True
         if wait and self.is_alive() and threading.current_thread() is not self:
             self.join(1.0)
@@ -108,7 +112,8 @@ class Watchdog(threading.Thread):
                 now = time.monotonic()
             before = now
         own.close()
-        self.pulse.close()
+        if self._closes:
+            self.pulse.close()
 
     def blocks(self, began: float, now: float) -> list[Block]:
         """Return the blocks since ``began``, the one that goes on included. Call it on the loop's thread."""
@@ -127,10 +132,18 @@ class Watchdog(threading.Thread):
             found.append(self._judge(held, clocks))
         return found
 
-    def settle(self) -> None:
-        """Report what is left to be reported. Call it after ``stop``."""
+    def settle(self, until: float | None = None) -> None:
+        """Report what is left to be reported. Call it after ``stop``.
+
+        ``until`` is when the step that runs is taken to end; without it, where it was seen last.
+        """
         while self.pulse.ended:
             self._finish(self.pulse.ended.popleft())
+        held, beat = self._held, self._beat
+        if until is not None and held is not None and beat is self.pulse.beat and self._is_block(held, beat, until):
+            clocks = self.pulse.clocks(time.monotonic())
+            self._report(self._judge(held, clocks._replace(at=max(until, held.last))))
+            self._settle()
         self._abandon()
 
     # ------------------------------------------------------------------ looking
@@ -142,6 +155,8 @@ class Watchdog(threading.Thread):
         # else: every system call gives the GIL away, and the code that has just let go of it would run on.
         suspect = now - beat.due >= self._suspicious
         sample = self._sample(waited) if suspect or waited >= self._long_turn else None
+        if self._stopped and self._held is not None:
+            sample = None  # the step has gone on to stop us
         over = pulse.ended[0].beat if pulse.ended else None
         if sample is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
             self._note(beat, sample, now, waited)
@@ -198,6 +213,8 @@ class Watchdog(threading.Thread):
         if number is not None and procfs.FUTEX is not None:
             held.waits_for_lock = number == procfs.FUTEX
         held.at_last = self.pulse.clocks(time.monotonic())
+        if len(held.samples) == 1 and waited < self._long_turn:
+            held.ready = held.at_last.ready
 
     def _explain(self, waited: float, own: procfs.ThreadStat) -> None:
         """Find out how much of this thread's wait was for want of a CPU, and how much for want of the GIL."""
@@ -208,19 +225,25 @@ class Watchdog(threading.Thread):
             self._late += waited - lacked
         if (held := self._held) is not None:
             held.lacked += lacked
+            if len(held.samples) == 1:
+                held.first = min(held.last, held.first + lacked)
             if waited >= self._long_turn and held.samples[-1].waited == waited:
                 held.late -= lacked
 
     # ------------------------------------------------------------------ judging
     def _is_block(self, held: Held, beat: Beat, until: float) -> bool:
-        """Return whether a step may have held the loop for the threshold, and surely held it for a part of that."""
+        """Return whether a step may have held the loop for the threshold, and surely held it for a part of that.
+
+        Time without a CPU is no part of that: it makes the shortest step a long one.
+        """
         if held.reported:
             return True
         if held.earliest == beat.clocks.at:
             long = beat.is_block(until, self._threshold)
         else:
             long = until - held.earliest >= self._threshold
-        return long and held.last - held.first >= self._threshold / 5
+        starved = held.at_last.ready - held.ready
+        return long and held.last - held.first - starved >= self._threshold / 5
 
     def _step_over(self, held: Held, beat: Beat, until: float) -> None:
         """Report a step that was a block, when the loop was found in the next one."""
@@ -255,7 +278,7 @@ class Watchdog(threading.Thread):
         self._report(self._starved(beat, clocks) if held.lacked >= self._threshold / 4 else block)
 
     def _starved(self, beat: Beat, clocks: Clocks) -> Block:
-        return Block(beat.began, clocks.at, UNKNOWN, "starved", None, in_flight())
+        return Block(beat.began, clocks.at, UNKNOWN, "starved", None, in_flight(), clocks.at - beat.began)
 
     def _abandon(self) -> None:
         """Report a block after which the loop did not run again."""
@@ -276,12 +299,14 @@ class Watchdog(threading.Thread):
         self._beat = self._held = None
 
     def _evidence(self, held: Held, before: Clocks, after: Clocks) -> Evidence:
+        wall = after.at - before.at
+        could_look = max(held.late, wall - held.lacked, 1e-6)
         return Evidence(
-            wall=after.at - before.at,
+            wall=wall,
             cpu=after.cpu - before.cpu,
             ready=after.ready - before.ready,
             process_cpu=after.process - before.process,
-            watchdog_late=held.late,
+            watchdog_late=wall * held.late / could_look,
             collecting=after.collecting - before.collecting,
             waits_for_lock=held.waits_for_lock,
         )
@@ -290,6 +315,12 @@ class Watchdog(threading.Thread):
         evidence = self._evidence(held, held.clocks, after)
         samples = tuple(held.samples)
         cause: Cause = cause_of(evidence, samples)
+        starved = max(0.0, min(evidence.ready, evidence.wall))
+        if cause == "starved" and evidence.wall - starved >= self._threshold:
+            # It would have been a block with all the CPU that it wanted as well.
+            wall = evidence.wall - starved
+            late = evidence.watchdog_late * wall / evidence.wall
+            cause = cause_of(replace(evidence, wall=wall, ready=0.0, watchdog_late=late), samples)
         site, sample = UNKNOWN, None
         if cause == "gil":
             sample = self._find_culprit(held, evidence.wall / 4)
@@ -297,7 +328,7 @@ class Watchdog(threading.Thread):
         elif cause != "starved":
             site = most_common(samples)
             sample = next((s for s in reversed(samples) if s.site == site), None)
-        return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight())
+        return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
 
     def _find_culprit(self, held: Held, least: float) -> Sample | None:
         """Return the thread that used most CPU since the last look at all; at least ``least`` seconds."""
