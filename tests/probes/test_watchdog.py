@@ -201,28 +201,6 @@ def test_many_short_steps_are_no_block(run: Run, hogs: int) -> None:
         assert run(loop_proofs.blamed_while_busy(3)) == {}
 
 
-def test_convoy_for_the_gil_names_the_thread(run: Run) -> None:
-    """A step that often lets go of the GIL while a thread computes is blocked by that thread's code: gil."""
-
-    def convoy() -> None:
-        while not done.is_set():
-            sum(range(1000))
-
-    async def step() -> None:
-        done.clear()
-        thread = threading.Thread(target=convoy)
-        thread.start()
-        end = time.monotonic() + 0.4
-        while time.monotonic() < end:
-            os.stat("/")  # noqa: PTH116 (a system call that lets go of the GIL)
-        done.set()
-        thread.join()
-
-    done = threading.Event()
-    module, function, cause, _ = only(undisturbed(run, step))
-    assert (module, function, cause) == (HERE, "test_convoy_for_the_gil_names_the_thread.convoy", "gil")
-
-
 def test_idle_loop_has_no_blocks(run: Run) -> None:
     """A loop that idles for a second is blamed for nothing: whatever else happens, the process was starved."""
 

@@ -197,7 +197,7 @@ class Watchdog(threading.Thread):
             held = Held(sample, beat.began, beat.clocks.at, beat.clocks)
             held.first = max(beat.due, now - waited)
         elif held.step != sample.step:
-            self._step_over(held, beat, now - waited)
+            self._step_over(held, beat, now)
             first = max(held.last, now - waited)
             held = Held(sample, (held.last + first) / 2, held.last, held.at_last)
             held.first = first
@@ -211,7 +211,7 @@ class Watchdog(threading.Thread):
         self._looks += 1
         number = self.pulse.thread.system_call()
         if number is not None and procfs.FUTEX is not None:
-            held.waits_for_lock = number == procfs.FUTEX
+            held.waits_for_lock = bool(held.waits_for_lock) or number == procfs.FUTEX
         held.at_last = self.pulse.clocks(time.monotonic())
         if len(held.samples) == 1 and waited < self._long_turn:
             held.ready = held.at_last.ready
@@ -258,16 +258,16 @@ class Watchdog(threading.Thread):
             self._unseen(ended)
         elif self._is_block(self._held, beat, clocks.at):
             self._report(self._judge(self._held, clocks))
-        elif self._steps == 0 and self._looks < 2:
+        elif self._steps == 0:
             self._unseen(ended)
-        elif cause_of(self._evidence(self._held, beat.clocks, clocks), ()) == "starved":
-            self._report(self._starved(beat, clocks))
+        elif clocks.ready - beat.clocks.ready >= self._threshold / 4:
+            self._report(self._starved(beat, clocks))  # else many short steps, of which none is to blame
         self._settle()
 
     def _unseen(self, ended: Ended) -> None:
         """Report a block that was over when this thread could look, or that stopped this thread as well.
 
-        When this thread got no CPU, no code can be blamed: it may have been many short steps.
+        When a thread got no CPU, no code can be blamed: it may have been many short steps.
         """
         beat, clocks = ended
         held = self._held if self._beat is beat and self._held is not None else None
@@ -275,7 +275,8 @@ class Watchdog(threading.Thread):
             held = Held(None, beat.began, beat.clocks.at, beat.clocks)
             held.late, held.lacked = self._late, self._lacked
         block = self._judge(held, clocks)
-        self._report(self._starved(beat, clocks) if held.lacked >= self._threshold / 4 else block)
+        starved = max(held.lacked, block.starved) >= self._threshold / 4
+        self._report(self._starved(beat, clocks) if starved else block)
 
     def _starved(self, beat: Beat, clocks: Clocks) -> Block:
         return Block(beat.began, clocks.at, UNKNOWN, "starved", None, in_flight(), clocks.at - beat.began)
