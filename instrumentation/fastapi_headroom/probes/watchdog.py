@@ -24,6 +24,8 @@ from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
 
 LONG_TURN: Final = 0.05
 """Seconds for which Python code never keeps the GIL from another thread, whose turn comes after 5 ms or so."""
+SHORT_WAIT: Final = 0.002
+"""Seconds that a timer may be late by itself."""
 THREADS_INTERVAL: Final = 1.0
 """Seconds between two looks at the CPU time of every thread, to find who keeps the GIL."""
 CLOSE_LOOKS: Final = 10
@@ -160,7 +162,8 @@ class Watchdog(threading.Thread):
         over = pulse.ended[0].beat if pulse.ended else None
         if sample is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
             self._note(beat, sample, now, waited)
-        self._explain(waited, own)
+        if suspect or waited >= SHORT_WAIT:
+            self._explain(waited, own)
         while pulse.ended:
             finished = pulse.ended[0]
             self._finish(finished)
@@ -179,6 +182,7 @@ class Watchdog(threading.Thread):
         if now >= self._threads_due:
             self._threads_due = now + THREADS_INTERVAL
             self._threads = _cpu_of_threads()
+            self._ready = _ready(own)
 
     def _sample(self, waited: float) -> Sample | None:
         """Look at the loop's stack, and at all others too, for one of them may keep the GIL."""
@@ -247,6 +251,8 @@ class Watchdog(threading.Thread):
 
     def _step_over(self, held: Held, beat: Beat, until: float) -> None:
         """Report a step that was a block, when the loop was found in the next one."""
+        # The kernel counts a wait for a CPU when it is over, which it was not when we looked last.
+        held.at_last = held.at_last._replace(ready=self.pulse.clocks(until).ready)
         if self._is_block(held, beat, until):
             end = held.at_last._replace(at=max(held.last, (held.last + until) / 2))
             self._report(self._judge(held, end))
@@ -254,6 +260,8 @@ class Watchdog(threading.Thread):
     def _finish(self, ended: Ended) -> None:
         """Report a block that the beat ended, if it was one."""
         beat, clocks = ended
+        if beat is self._beat and self._held is not None:
+            self._held.at_last = self._held.at_last._replace(ready=clocks.ready)
         if beat is not self._beat or self._held is None:
             self._unseen(ended)
         elif self._is_block(self._held, beat, clocks.at):
