@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "pack": {"catalog", "thresholds", "errors"},
     "wiring": {"settings", "errors", "store.writer", "probes", "tracing", "exporter"},
-    "testing": {"wiring", "settings", "store.writer", "errors"},
+    "testing": {"wiring", "settings", "store.writer", "errors", "probes"},
+    "pytest_plugin": {"testing"},
     "cli": {"settings", "errors", "exporter", "pack"},
     "__init__": {"wiring", "probes.cache"},
 }  # fmt: skip

@@ -44,13 +44,14 @@ def test_the_configurations_of_the_page_are_yaml() -> None:
 
 
 def test_the_example_of_a_test_passes(tmp_path: Path) -> None:
-    """The page on tests holds a test that pytest runs as it stands, in a fresh process, and that leaves no files."""
-    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "testing.md").read_text(), re.DOTALL)
-    (tmp_path / "test_example.py").write_text(example)
+    """The page on tests holds tests that pytest runs as they stand, in a fresh process, and that leave no files."""
+    metrics, blocking, _ = re.findall(r"```python\n(.*?)```", (DOCS / "testing.md").read_text(), re.DOTALL)
+    (tmp_path / "test_example.py").write_text(metrics)
+    (tmp_path / "test_blocking.py").write_text(blocking)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_example.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout
     assert not list(Path("/dev/shm").glob(f"headroom-*-{tmp_path.name}"))

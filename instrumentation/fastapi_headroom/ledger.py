@@ -144,6 +144,7 @@ class Ledger:
         else:
             self.charge(now)
         self.finished = True
+        in_flight.discard(self)
         duration = now - self.started
         seconds = self.seconds
         rest = duration - (sum(seconds) - seconds[ACCEPT_QUEUE] if self.waited else seconds[ON_LOOP])
@@ -153,3 +154,6 @@ class Ledger:
 
 current: ContextVar[Ledger | None] = ContextVar("headroom_ledger", default=None)
 """The ledger of the request that this code runs for."""
+
+in_flight: set[Ledger] = set()
+"""The ledgers of the requests that are being served; who measures a request adds its own, ``finish`` takes it out."""

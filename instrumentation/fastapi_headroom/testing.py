@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
+from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.store.writer import Samples, Writer, redirect
+
+if TYPE_CHECKING:
+    from fastapi_headroom.probes.blocks import Block
+    from fastapi_headroom.probes.vigil import Vigil
+
+LEAST_THRESHOLD_MS: Final = 10
+"""Milliseconds below which a block cannot be told from a timer that is late."""
+_NOT_THE_CODES_FAULT: Final = ("starved", "gc")
+_REMEDIES: Final = {
+    "python": "it computes: move the work to a process or a queue, or divide it",
+    "native": "a call in C: use run_in_threadpool where it lets go of the GIL, else a process",
+    "io": "a blocking call: use the async client of that library, or run_in_threadpool",
+    "gil": "a thread that keeps the GIL: move its work to a process",
+}
 
 
 class CapturedMetrics:
@@ -44,3 +61,81 @@ def capture_metrics(*, max_series: int = 20_000) -> Iterator[CapturedMetrics]:
         yield captured
     finally:
         redirect(None)
+
+
+class assert_no_blocking:  # noqa: N801 (reads as the assertion that it is)
+    """Fail when code inside the block holds an event loop for ``threshold_ms`` milliseconds or longer in one go.
+
+    Watches the loop that runs and those of other threads, such as TestClient's; needs no ``init``. Raises
+    AssertionError at the end of the block with the site, duration, cause and stack of the longest hold. Time in which
+    the process got no CPU or collected garbage never fails. Works with ``with`` and ``async with``, and nests.
+
+        async def test_quote() -> None:
+            with assert_no_blocking(threshold_ms=50):
+                await quote("desk")
+
+    Raises SettingsError for a threshold that is no number, or below 10.
+    """
+
+    def __init__(self, threshold_ms: float = 50) -> None:
+        if isinstance(threshold_ms, bool) or not isinstance(threshold_ms, int | float):
+            kind = type(threshold_ms).__name__
+            raise SettingsError(f"threshold_ms must be a number of milliseconds, got {kind}: assert_no_blocking(50)")
+        if not LEAST_THRESHOLD_MS <= threshold_ms < float("inf"):
+            raise SettingsError(
+                f"threshold_ms must be {LEAST_THRESHOLD_MS} milliseconds or more, got {threshold_ms}: timers of an "
+                "event loop are late by a few by themselves; the default is 50"
+            )
+        self.threshold_ms = threshold_ms
+        self._vigil: Vigil | None = None
+
+    def __enter__(self) -> Self:
+        """Watch from now on."""
+        from fastapi_headroom.probes.vigil import Vigil
+
+        if self._vigil is not None:
+            raise RuntimeError("this assert_no_blocking() is in use: make a new one for each block")
+        self._vigil = Vigil(self.threshold_ms / 1e3)
+        self._vigil.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Watch no longer. An error that the block itself raised is the one that is seen."""
+        vigil, self._vigil = self._vigil, None
+        if vigil is None:
+            return
+        found = vigil.stop()
+        blocks = sorted((b for b in found if b.cause not in _NOT_THE_CODES_FAULT), key=_held, reverse=True)
+        if blocks and error is None:
+            raise AssertionError(self._message(blocks))
+
+    async def __aenter__(self) -> Self:
+        """Watch from now on."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Watch no longer."""
+        self.__exit__(kind, error, traceback)
+
+    def _message(self, blocks: list[Block]) -> str:
+        worst, *others = blocks
+        lines = [
+            f"the event loop was blocked {_held(worst):.3f} s by {worst.site} ({worst.cause}), "
+            f"at most {self.threshold_ms / 1e3:g} s is allowed",
+            f"  {_REMEDIES[worst.cause]}",
+        ]
+        if worst.sample is not None:
+            lines += ["  stack, innermost first:", *(f"    {line}" for line in worst.sample.stack)]
+        lines += [f"  and {_held(block):.3f} s by {block.site} ({block.cause})" for block in others[:5]]
+        if len(others) > 5:
+            lines.append(f"  and {len(others) - 5} more")
+        return "\n".join(lines)
+
+
+def _held(block: Block) -> float:
+    """Return the seconds that code held the loop: on a busy machine it takes longer, which is not its fault."""
+    return block.seconds - block.starved

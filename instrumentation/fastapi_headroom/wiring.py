@@ -139,7 +139,13 @@ class Runtime:
         self.handles: dict[int, Handle] = {}
         self.writer: Writer | None = None
         self.tracing = Tracing(settings)
-        self.request = RequestProbe(settings, on_first_serve=self.first_serve, on_lifespan_end=self._flush)
+        self.loop = LoopProbe(settings)
+        self.request = RequestProbe(
+            settings,
+            on_first_serve=self.first_serve,
+            on_lifespan_end=self._flush,
+            on_new_loop=self.loop.attach,
+        )
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
         self.cache = CacheProbe(settings)
@@ -148,7 +154,7 @@ class Runtime:
             self.pool,
             self.cache,
             HttpClientProbe(),
-            LoopProbe(settings),
+            self.loop,
             QueueProbe(settings),
             RuntimeProbe(settings),
             self.registry,

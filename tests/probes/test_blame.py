@@ -15,7 +15,7 @@ from fastapi_headroom.probes.blame import Evidence, Sample, cause_of, depth_of, 
 NOTHING = Evidence(
     wall=1.0, cpu=0.0, ready=0.0, process_cpu=0.0, watchdog_late=0.0, collecting=0.0, waits_for_lock=False
 )
-IN_A_CALL = Sample("app:view:1", (1, 5, 40), in_call=True, waited=0.0, route="", stack=())
+IN_A_CALL = Sample("app:view:1", (1, 5, 40), in_call=True, waited=0.0, stack=())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from fastapi import FastAPI
 from sqlalchemy import text
@@ -34,6 +35,15 @@ async def hold(seconds: float) -> None:
 async def checked_out() -> int:
     """Return how many connections are in use."""
     return int(engine.pool.checkedout())  # type: ignore[attr-defined]
+
+
+@app.get("/block")
+async def block(kind: str) -> None:
+    """Hold the event loop for 0.3 s and answer in the same step."""
+    if kind == "sleep":
+        time.sleep(0.3)  # noqa: ASYNC251
+    else:
+        sum(range(40_000_000))  # one call in C that keeps the GIL: the watchdog cannot look before it is over
 
 
 @app.get("/imported")

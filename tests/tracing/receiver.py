@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
 
 
@@ -28,6 +29,8 @@ class Span:
     end: float
     attributes: dict[str, str]
     service: str
+    events: tuple[tuple[str, dict[str, object]], ...] = ()
+    """Name and attributes."""
 
     @property
     def duration(self) -> float:
@@ -100,4 +103,9 @@ def _span(span: ProtoSpan, service: str) -> Span:
         end=span.end_time_unix_nano / 1e9,
         attributes={a.key: a.value.string_value for a in span.attributes},
         service=service,
+        events=tuple((event.name, {a.key: _value(a.value) for a in event.attributes}) for event in span.events),
     )
+
+
+def _value(value: AnyValue) -> object:
+    return getattr(value, value.WhichOneof("value") or "string_value")

@@ -61,6 +61,27 @@ def test_one_request_is_one_tree(postgres: Postgres, kind: str) -> None:
     assert not any("4711" in value for key, value in query.attributes.items()), "bound values are in no query span"
 
 
+@pytest.mark.parametrize("kind", ["sleep", "native"])
+def test_a_block_of_the_loop_is_an_event_of_the_span(postgres: Postgres, kind: str) -> None:
+    """The span of the request that held the loop tells where, why and how long, though it ends in the step that did."""
+    with Receiver() as receiver:
+        env = {
+            "TEST_DATABASE_URL": postgres.url(),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        with serve("uvicorn", APP, env=env) as server:
+            server.get("/read/1")  # traces start with the first request
+            server.get(f"/block?kind={kind}")
+            wait_until(lambda: any(s.name == "GET /block" for s in receiver.spans), 5, "the span")
+    (span,) = [span for span in receiver.spans if span.name == "GET /block"]
+    (name, attributes), *_ = [event for event in span.events if event[1].get("by_this_request")]
+    assert name == "event_loop.blocked"
+    assert str(attributes["site"]).startswith("tests.tracing.app:block:")
+    assert attributes["cause"] == "io" if kind == "sleep" else attributes["cause"] in ("native", "python")
+    assert 0.1 < float(str(attributes["seconds"])) <= span.duration + 0.05
+
+
 def test_the_last_spans_are_sent_when_the_app_stops(postgres: Postgres) -> None:
     """Spans that still wait for the next export when the server is stopped reach the collector."""
     with Receiver() as receiver:

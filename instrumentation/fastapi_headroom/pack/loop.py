@@ -31,9 +31,15 @@ def _lag(limit: float, severity: Severity) -> Rule:
 
 def _blocked() -> str:
     # A starved loop got no CPU: no code of the app held it, so no site is to blame.
+    blocked = promql.series(catalog.LOOP_BLOCKED, 'cause!="starved"')
     seconds = promql.rate(catalog.LOOP_BLOCKED, "5m", 'cause!="starved"')
+    # A site has no series before its first block, which is no increase to rate(): what a series began with counts,
+    # too, where the process was measured before. Else an app that is new to Prometheus would bring its whole past.
+    known = f"{promql.series(catalog.LOOP_DELAY, suffix='_count')} offset 5m"
+    first = f"((min_over_time({blocked}[5m]) unless {blocked} offset 5m) and on (job, instance) {known}) / 300"
+    both = f'{seconds} or label_replace({first}, "first", "yes", "", "")'
     labels = ("job", "instance", "site", "cause")
-    return f"{promql.by('sum', labels, seconds)} > {promql.number(thresholds.LOOP_BLOCKED_SHARE)}"
+    return f"{promql.by('sum', labels, both)} > {promql.number(thresholds.LOOP_BLOCKED_SHARE)}"
 
 
 def _saturated() -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import CO_COROUTINE, CO_ITERABLE_COROUTINE
 from pathlib import Path
 from statistics import median
 from types import CodeType, FrameType
@@ -29,6 +30,7 @@ STACK_LINES: Final = 12
 _OURS: Final = str(Path(__file__).parents[1])
 _DRIVER: Final = "fastapi_headroom.driver"
 _STDLIB: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
+_COROUTINE: Final = CO_COROUTINE | CO_ITERABLE_COROUTINE
 _PACKAGES: Final = ("/site-packages/", "/dist-packages/")
 
 
@@ -43,9 +45,12 @@ class Sample:
     """False when the instruction is one where the interpreter itself gives way (a jump, a function's start)."""
     waited: float
     """Seconds that the sampling thread waited for the GIL, or a CPU, before it could look."""
-    route: str
     stack: tuple[str, ...]
     """``file:line function``, innermost first."""
+    step: tuple[int, int] = (0, 0)
+    """Which step of the loop runs: the same twice in a row means that the loop did not go on to other work."""
+    ledger: Ledger | None = None
+    """That of the request whose step runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,22 +110,29 @@ def _in_one_call(samples: Sequence[Sample]) -> bool:
     return median(sample.waited for sample in samples) < sys.getswitchinterval() / 2
 
 
-def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0) -> Sample:
+def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameType | None = None) -> Sample:
     """Return a sample of the stack that ends in ``frame``, looked at after waiting ``waited`` seconds for the GIL.
 
     ``skip`` is the number of outermost frames that belong to whoever runs the loop: they are on every stack and
-    are never to blame.
+    are never to blame. ``outer`` is where the stack goes on when ``frame`` runs in a greenlet: SQLAlchemy's async
+    sessions run their sync part in one, whose stack ends where that part begins.
     """
     frames = list(_outwards(frame))
-    frames = frames[: len(frames) - skip] or frames[:1]
+    if outer is not None:
+        rest = list(_outwards(outer))
+        if rest[-1] is not frames[-1]:  # else the greenlet was left just now
+            frames += rest
+    inner = frames[: len(frames) - skip]
     code = frame.f_code
+    frames = inner or frames[:1]
     return Sample(
         site=site_of(frames),
         position=(id(frame), len(frames), frame.f_lasti),
         in_call=_in_call(code, frame.f_lasti),
         waited=waited,
-        route=_route(frames),
         stack=tuple(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_qualname}" for f in frames[:STACK_LINES]),
+        step=_step(inner[-1]) if inner else (0, 0),
+        ledger=_ledger(frames),
     )
 
 
@@ -181,11 +193,23 @@ def _in_call(code: CodeType, instruction: int) -> bool:
     return not ("JUMP" in name or name in ("RESUME", "NOP", "SEND"))
 
 
-def _route(frames: Iterable[FrameType]) -> str:
-    """Return the route of the request whose step runs, from the step driver's frame."""
+def _step(base: FrameType) -> tuple[int, int]:
+    """Return what tells a step of the loop from those before and after it, given its outermost frame.
+
+    A coroutine's frame lives as long as its task. A function's may get the address of the one before, so the object
+    whose method it is tells more: the step driver's, a protocol's.
+    """
+    code = base.f_code
+    if code.co_flags & _COROUTINE or code.co_varnames[:1] != ("self",):
+        return id(base), 0
+    return id(base), id(base.f_locals.get("self"))
+
+
+def _ledger(frames: Iterable[FrameType]) -> Ledger | None:
+    """Return the ledger of the request whose step runs, from the step driver's frame."""
     for frame in frames:
         if frame.f_globals.get("__name__") == _DRIVER:
             ledger = frame.f_locals.get("ledger")
             if isinstance(ledger, Ledger):
-                return ledger.route
-    return ""
+                return ledger
+    return None

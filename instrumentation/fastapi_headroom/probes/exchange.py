@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from starlette.requests import ClientDisconnect
 
-from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger
+from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger, in_flight
+from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.compressible import SMALLEST, compressible
 from fastapi_headroom.probes.headers import Headers, header, length
@@ -95,6 +96,7 @@ class Exchange:
         self._series: ResponseSeries | None = None
         enter, self._leave = table.active.get(ledger.method) or table.make_active(ledger.method)
         enter()
+        in_flight.add(ledger)
 
     async def receive(self) -> Message:
         """Hand a message to the app and count its bytes."""
@@ -188,6 +190,8 @@ class Exchange:
         self._leave()
         if spans.active:
             self.ledger.trace = spans.sampled()  # the server span is still open: the last byte passes through it
+            if self.ledger.trace is not None:
+                blocks.tell_span(self.ledger)
         if self.status < 500:
             self.recorded = True
             self.record("")

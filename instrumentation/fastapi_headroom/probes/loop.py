@@ -25,14 +25,15 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from random import random
-from types import FrameType
 from typing import ClassVar, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
+from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
 from fastapi_headroom.probes.blocking import BlockingCalls
+from fastapi_headroom.probes.blocks import Account
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
 from fastapi_headroom.probes.threadpool import Threadpool
 from fastapi_headroom.probes.watchdog import Watchdog
@@ -84,7 +85,7 @@ class LoopProbe:
 
     def bind(self, writer: Writer) -> None:
         """Resolve handles, measure AnyIO's threadpool, and attach to the running loop if there is one."""
-        self._detach()
+        self._detach(wait=False)
         self._writer = writer
         self._threadpool.bind(writer)
         self._blocking.bind(writer)
@@ -95,10 +96,13 @@ class LoopProbe:
         self.attach(loop)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Measure this loop from its next iteration on, and no other. Safe from any thread; free when it is."""
-        if loop is self._loop or self._writer is None:
+        """Measure this loop from its next iteration on, and no other. Safe from any thread; free when it is.
+
+        A loop that still runs is not left for another: where several threads run loops, the first is measured.
+        """
+        if loop is self._loop or self._writer is None or (self._loop is not None and self._loop.is_running()):
             return
-        self._detach()
+        self._detach(wait=False)
         self._loop, self._pid = loop, os.getpid()
         # An empty context: the request in which we are called must not live on in the heartbeat.
         loop.call_soon_threadsafe(self._start, loop, context=Context())
@@ -128,7 +132,7 @@ class LoopProbe:
 
     def close(self) -> None:
         """Stop the heartbeat and the watchdog and put AnyIO's entry back."""
-        self._detach()
+        self._detach(wait=True)
         self._threadpool.close()
         self._blocking.close()
         self._writer = None
@@ -143,14 +147,16 @@ class LoopProbe:
             delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
             heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second)
             heartbeat.start()
-            watchdog = Watchdog(pulse, writer, self.guard, self._threshold)
+            watchdog = Watchdog(pulse, Account(writer, self._threshold), self.guard, self._threshold)
             watchdog.start()
+            blocks.since = watchdog.blocks
             self._heartbeat, self._watchdog = heartbeat, watchdog
             self.sample()
         except Exception as error:
             self.guard.failed(error)
 
-    def _detach(self) -> None:
+    def _detach(self, *, wait: bool) -> None:
+        """Leave the loop. Without ``wait`` the watchdog ends by itself: the loop's thread is not held up."""
         heartbeat, watchdog = self._heartbeat, self._watchdog
         self._loop = self._heartbeat = self._watchdog = None
         self._gauges.clear()
@@ -159,8 +165,11 @@ class LoopProbe:
         if heartbeat is not None and self._pid == os.getpid():  # after a fork, the parent's loop is not ours to touch
             heartbeat.stop()
         if watchdog is not None:
-            watchdog.stop()
-            watchdog.pulse.close()
+            if blocks.since == watchdog.blocks:
+                blocks.since = None
+            watchdog.stop(wait=wait)
+            if wait or not watchdog.is_alive():
+                watchdog.pulse.close()
 
     def _each_second(self) -> float:
         """Write what only the loop's own thread can read safely; return seconds until that is due again."""
@@ -168,6 +177,8 @@ class LoopProbe:
         if loop is None:
             return 1.0
         began = time.perf_counter()
+        if self._watchdog is not None:
+            self._watchdog.pulse.find_greenlet()
         self._set(catalog.LOOP_TASKS, len(asyncio.all_tasks(loop)))
         self._threadpool.sample()
         return max(1.0, (time.perf_counter() - began) / TASKS_SHARE)
@@ -194,8 +205,15 @@ class Heartbeat:
     """Calls itself on one loop and records how late it was called."""
 
     def __init__(
-        self, pulse: Pulse, delay: Histogram, guard: Guard, threshold: float, each_second: Callable[[], float]
+        self,
+        pulse: Pulse,
+        delay: Histogram,
+        guard: Guard,
+        threshold: float,
+        each_second: Callable[[], float],
+        interval: float = INTERVAL,
     ) -> None:
+        self._interval = interval
         self._pulse, self._delay, self._guard, self._threshold = pulse, delay, guard, threshold
         self._each_second = each_second
         self._second_due = 0.0
@@ -208,9 +226,9 @@ class Heartbeat:
         self.worst = 0.0
         """Longest delay since somebody set it to 0."""
 
-    def start(self) -> None:
-        """Schedule the first beat. Call it from a callback of the loop, not from a task."""
-        self._resume(time.monotonic(), sys._getframe(2))
+    def start(self, depth: int | None = None) -> None:
+        """Schedule the first beat. Call it from a callback of the loop; from a task give the frames below its own."""
+        self._resume(time.monotonic(), depth_of(sys._getframe(2)) if depth is None else depth)
 
     def stop(self) -> None:
         """Cancel the next beat. Safe from any thread, and when the loop is closed."""
@@ -224,10 +242,10 @@ class Heartbeat:
         late = clocks.at - beat.due
         return self.asleep + (max(0.0, late - (clocks.cpu - beat.clocks.cpu)) if late > HELD else 0.0)
 
-    def _resume(self, now: float, runner: FrameType) -> None:
-        """Take the loop as free now, whatever came before. ``runner`` is the frame that runs the loop's callbacks."""
+    def _resume(self, now: float, depth: int) -> None:
+        """Take the loop as free now, whatever came before. ``depth`` is that of the frame that runs its callbacks."""
         self._pulse.paused = False
-        self._pulse.depth = depth_of(runner)
+        self._pulse.depth = depth
         self._schedule(self._pulse.clocks(now), now)
 
     def _beat(self) -> None:
@@ -237,7 +255,7 @@ class Heartbeat:
         pulse = self._pulse
         try:
             if pulse.paused:
-                self._resume(now, sys._getframe(1))
+                self._resume(now, depth_of(sys._getframe(1)))
                 return
             clocks = pulse.clocks(now)
             before = pulse.beat
@@ -251,27 +269,27 @@ class Heartbeat:
                 self.worst = late
             if now >= self._second_due:
                 self._second_due = now + self._each_second()
-            self._schedule(clocks, before.due + missed * INTERVAL)
+            self._schedule(clocks, before.due + missed * self._interval)
         except Exception as error:
             self._guard.failed(error)
             self._schedule(pulse.clocks(now), now)
 
     def _record(self, before: Beat, clocks: Clocks, late: float) -> int:
         """Record a late beat and those that it made the loop miss; return the number of the latter."""
-        missed = int(late / INTERVAL)
+        missed = int(late / self._interval)
         step = 1 + missed // MOST_FILLED
         for filled in range(0, missed + 1, step):
-            self._delay.observe_many(late - filled * INTERVAL, min(step, missed + 1 - filled))
+            self._delay.observe_many(late - filled * self._interval, min(step, missed + 1 - filled))
         # Not more than passed since the beat before, and only what is not in the CPU's part.
         computed = clocks.cpu - before.clocks.cpu + clocks.ready - before.clocks.ready
         if computed < late / 2:
-            self.asleep += max(0.0, min((missed + 1) * INTERVAL, clocks.at - before.clocks.at - computed))
+            self.asleep += max(0.0, min((missed + 1) * self._interval, clocks.at - before.clocks.at - computed))
         if before.is_block(clocks.at, self._threshold):
             self._pulse.ended.append(Ended(before, clocks))
         return missed
 
     def _schedule(self, clocks: Clocks, since: float) -> None:
-        due = since + INTERVAL * (0.75 + 0.5 * random())
+        due = since + self._interval * (0.75 + 0.5 * random())
         # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
         delay = max(1, round((due - clocks.at) * 1e3)) * 1e-3
         self._pulse.beat = Beat(clocks, clocks.at + delay)

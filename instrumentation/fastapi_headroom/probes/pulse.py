@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import time
 from collections import deque
+from types import FrameType
 from typing import Any, Final, NamedTuple
 
 from fastapi_headroom.probes import procfs
 
 MOST_ENDED: Final = 1000
 """Blocks that wait to be accounted for; the watchdog comes by every few milliseconds."""
+
+
+def _gil_enabled() -> bool:
+    ask = getattr(sys, "_is_gil_enabled", None)
+    return ask is None or bool(ask())
 
 
 class Clocks(NamedTuple):
@@ -74,6 +81,8 @@ class Pulse:
         """The loop was found not running; how late the next beat is means nothing."""
         self.ended: deque[Ended] = deque(maxlen=MOST_ENDED)
         self._clock = time.pthread_getcpuclockid(self.ident) if hasattr(time, "pthread_getcpuclockid") else None
+        self._greenlet: Any = None
+        self.find_greenlet()
         self._collection_began = self._collected = 0.0
         self._callback = self._on_collection
         gc.callbacks.append(self._callback)
@@ -95,8 +104,21 @@ class Pulse:
         began = self._collection_began
         return Clocks(now, cpu, ready, process, self._collected + (now - began if began else 0.0))
 
+    def find_greenlet(self) -> None:
+        """Remember the greenlet that runs the loop, as soon as somebody uses any. Call it on the loop's thread."""
+        module = sys.modules.get("greenlet")
+        # Without the GIL a greenlet may be switched to while another thread reads its frames.
+        if self._greenlet is None and module is not None and _gil_enabled():
+            self._greenlet = module.getcurrent()
+
+    def outer_frame(self) -> FrameType | None:
+        """Return the frame that waits for the greenlet that runs now, None when the loop's own one runs."""
+        frame = getattr(self._greenlet, "gr_frame", None)
+        return frame if isinstance(frame, FrameType) else None
+
     def close(self) -> None:
-        """Detach from the garbage collector. Idempotent."""
+        """Detach from the garbage collector, and let go of the greenlet. Idempotent."""
+        self._greenlet = None
         if self._callback in gc.callbacks:
             gc.callbacks.remove(self._callback)
         self.thread.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from asyncio import _get_running_loop as running_loop
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from starlette.applications import Starlette
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.driver import Driven
-from fastapi_headroom.ledger import Ledger, current
+from fastapi_headroom.ledger import Ledger, current, in_flight
 from fastapi_headroom.probes import routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
@@ -44,7 +45,8 @@ class RequestProbe:
 
     ``on_first_serve`` is called with the kind of scope before the first lifespan and before the first request of a
     process: it binds the probes, and traces once the lifespan had its chance to configure that. ``on_lifespan_end``
-    is called when the app has stopped. ``owns_tracing`` says that server spans are made by us.
+    is called when the app has stopped, and ``on_new_loop`` when a process goes on with another event loop, as under
+    ``TestClient`` and with several calls of ``asyncio.run``. ``owns_tracing`` says that server spans are made by us.
     """
 
     name: ClassVar[str] = "request"
@@ -55,6 +57,7 @@ class RequestProbe:
         settings: Settings,
         on_first_serve: Callable[[str], None] | None = None,
         on_lifespan_end: Callable[[], None] | None = None,
+        on_new_loop: Callable[[asyncio.AbstractEventLoop], None] | None = None,
     ) -> None:
         self.guard = Guard(self.name)
         self.enabled = True
@@ -62,6 +65,8 @@ class RequestProbe:
         self._settings = settings
         self._on_first_serve = on_first_serve
         self._on_lifespan_end = on_lifespan_end
+        self._on_new_loop = on_new_loop
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._served = on_first_serve is None
         self._lock = threading.Lock()
         self._apps: dict[int, _Measured] = {}
@@ -107,10 +112,9 @@ class RequestProbe:
         self._add_routes()
         self.sample()
         routes.attach(self.guard)
-        try:
-            self._tasks.attach(asyncio.get_running_loop())
-        except RuntimeError:
-            pass  # not on an asyncio loop: tasks of requests are not driven
+        self._loop = running_loop()
+        if self._loop is not None:  # else not on an asyncio loop: tasks of requests are not driven
+            self._tasks.attach(self._loop)
 
     def sample(self) -> None:
         """Find out whether FastAPI's own telemetry is wanted; see ``_Measured.telemetry_dormant``."""
@@ -120,6 +124,8 @@ class RequestProbe:
     def rearm(self) -> None:
         """Forget a parent process: the first scope calls ``on_first_serve`` again."""
         self._table = None
+        self._loop = None
+        in_flight.clear()
         self._lock = threading.Lock()
         self._served = self._on_first_serve is None
 
@@ -158,6 +164,8 @@ class RequestProbe:
                 return await original(app, scope, receive, send)
             if not self._served:
                 self._first_serve(scope["type"])
+            if self._loop is not (loop := running_loop()):
+                self._enter_loop(loop)
             table = self._table
             if table is None or scope["type"] != "http" or (self._excludes and self._is_excluded(scope)):
                 return await self._serve_other(measured, original, app, scope, receive, send)
@@ -231,7 +239,18 @@ class RequestProbe:
         if self._on_first_serve is not None:
             self._guarded(self._on_first_serve, kind)
 
-    def _guarded(self, callback: Callable[..., None], *arguments: str) -> None:
+    def _enter_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Go on with another loop, unless the one before still runs: then several threads have one each."""
+        before = self._loop
+        if loop is None or (before is not None and before.is_running()):
+            return
+        self._loop = loop
+        if self._table is not None:
+            self._guarded(self._tasks.attach, loop)
+        if self._on_new_loop is not None:
+            self._guarded(self._on_new_loop, loop)
+
+    def _guarded(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
             callback(*arguments)
         except Exception as error:

@@ -54,6 +54,12 @@ def record(name: str, start_ns: int, end_ns: int, attributes: Mapping[str, str])
     _start_span(name, start_time=start_ns, attributes=attributes).end(end_ns)
 
 
+def add_event(name: str, at_ns: int, attributes: Mapping[str, str | float | bool]) -> None:
+    """Add an event of that moment (nanoseconds since 1970) to the current span, if that is recorded."""
+    if _current_span is not None:
+        _current_span().add_event(name, attributes, at_ns)
+
+
 def sampled() -> tuple[int, int] | None:
     """Return trace id and span id of the current span, None when there is none that is sampled."""
     if _current_span is None:

@@ -1,0 +1,87 @@
+"""Proofs of the loop probe that run for as long as they are given: briefly in the tests, at length in the soak."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.probes.loops import BLOCKS, measured, total, verdicts
+
+BLOCK = 0.1
+
+
+def sleep() -> None:
+    """Hold the loop in a system call."""
+    time.sleep(BLOCK)
+
+
+def compute() -> None:
+    """Hold the loop in Python code, by the clock."""
+    end = time.monotonic() + BLOCK
+    while time.monotonic() < end:
+        pass
+
+
+def keep_the_gil(numbers: list[int] = []) -> None:  # noqa: B006 (remembered from call to call)
+    """Hold the loop in one call in C that stops every other thread, for the block and up to twice as long."""
+    if not numbers:  # the machine's speed changes by up to twofold
+        began = time.thread_time()
+        sum(range(300_000))
+        numbers.append(int(300_000 * 2 * BLOCK / (time.thread_time() - began)))
+    sum(range(numbers[0]))
+
+
+async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
+    """Block the loop that often for 100 ms, at random moments of the heartbeat.
+
+    Return how many blocks were followed by one that was counted, and how many more were blamed on code.
+    """
+    moments = random.Random(seed)
+    noticed = 0
+    async with measured() as (writer, _):
+        for number in range(count):
+            await asyncio.sleep(0.02 + moments.random() * 0.03)
+            before = total(writer, BLOCKS)
+            (sleep, compute, keep_the_gil)[number % 3]()
+            deadline = time.monotonic() + 1
+            while total(writer, BLOCKS) == before and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            noticed += total(writer, BLOCKS) > before
+        blamed = total(writer, BLOCKS) - total(writer, BLOCKS, cause="starved")
+        return noticed, max(0, int(blamed) - count)
+
+
+async def blamed_while_busy(seconds: float, tasks: int = 100, step: float = 0.002) -> dict[tuple[str, str], float]:
+    """Run tasks whose short steps fill each turn of the loop; return what was blamed on code, starved left out.
+
+    With these figures a turn takes 200 ms of CPU: every beat is late by that, and no step holds the loop for long.
+    """
+    end = time.monotonic() + seconds
+
+    async def work() -> None:
+        while time.monotonic() < end:
+            until_then = time.thread_time() + step
+            while time.thread_time() < until_then:
+                pass
+            await asyncio.sleep(0)
+
+    async with measured() as (writer, _):
+        await asyncio.gather(*(work() for _ in range(tasks)))
+        return {key: value for key, value in verdicts(writer).items() if key[1] != "starved"}
+
+
+@contextmanager
+def contention(processes: int) -> Iterator[None]:
+    """Let other processes take all the CPU that they can get."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
