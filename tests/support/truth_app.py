@@ -157,6 +157,12 @@ async def pooled(seconds: float) -> None:
     await query(engines["tcp"], seconds)
 
 
+@app.get("/wait-for-pool")
+async def wait_for_pool() -> None:
+    """Want one of them."""
+    await query(engines["tcp"], 0.001)
+
+
 @app.get("/threads/{tokens}")
 async def threads(tokens: int) -> None:
     """Set the number of threads."""
