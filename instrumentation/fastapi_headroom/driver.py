@@ -41,12 +41,19 @@ class Driven(Coroutine[Any, Any, Any]):
         ledger = self._ledger
         if ledger.stepping or ledger.finished:
             return self._send(None) if ledger.stepping else self._step_after(self._send, None)
-        now = perf_counter()
-        if now - ledger.mark >= LONG:
-            ledger.charge(now, blocked(self._coroutine, ledger.mark, now))
-        elif ledger.waits:
-            ledger.charge(now)
-        started = ledger.mark = now
+        started = perf_counter()
+        elapsed = started - ledger.mark
+        if elapsed >= LONG:
+            ledger.charge(started, blocked(self._coroutine, ledger.mark, started))
+        elif waits := ledger.waits:
+            try:
+                if len(waits) == 1:
+                    ledger.seconds[waits[0]] += elapsed
+                else:
+                    ledger.charge(started)
+            except IndexError:
+                pass  # a thread of the request closed it at this moment
+        ledger.mark = started
         ledger.stepping = True
         try:
             return self._send(None)

@@ -29,7 +29,7 @@ SHORT: Final = 0.0005
 PAUSE: Final = 0.001
 """Seconds between two such steps from which on the loop was idle."""
 ITERATIONS: Final = 3
-LINGER: Final = 0.1
+LINGER: Final = 0.05
 """Seconds after a hold in which a new connection that came during it may still be on its way to the app."""
 
 until = 0.0

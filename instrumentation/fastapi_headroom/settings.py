@@ -58,9 +58,9 @@ class Settings(BaseSettings):
     """Probes to leave off: any of request, pool, cache, loop, queue, runtime."""
     excluded_paths: Words = ()
     """Paths that are served without being measured, such as /healthz. Exact, or a prefix that ends in ``*``."""
-    trust_request_start: bool = True
-    """Believe the header ``X-Request-Start`` about when a request reached the proxy before the app. Switch it off where
-    clients reach the app without a proxy that sets the header: they could send any."""
+    trust_request_start: bool = False
+    """Believe the header ``X-Request-Start`` about when a request reached the proxy before the app. Only where a proxy
+    sets it on every request: clients could send any."""
     sample_interval: float = Field(default=1.0, gt=0.01, le=60)
     """Seconds between two samples of gauges."""
     block_threshold: float = Field(default=0.1, ge=0.02, le=60)
