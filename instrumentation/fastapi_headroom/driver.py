@@ -16,6 +16,26 @@ from fastapi_headroom.ledger import ON_LOOP, Ledger
 from fastapi_headroom.sockets import awaited_by, seconds_since_data
 
 
+def blocked(coroutine: Any, suspended: float, now: float) -> float:
+    """Return for how many of the last seconds a coroutine that is about to go on was ready, but the loop held.
+
+    The kernel knows when the answer came that it waited for. Where there is no TCP socket, or that says nothing about
+    this wait, the loop was held all the while that is counted (see ``holds``). Never raises.
+    """
+    try:
+        holds = of_running_loop()
+        held_since = None if holds is None else holds.held_since()
+        if holds is None or held_since is None:
+            return 0.0
+        ready = held_since
+        since_data = seconds_since_data(awaited_by(coroutine))
+        if since_data is not None and now - since_data >= suspended:
+            ready = max(now - since_data, holds.earliest)
+        return now - max(ready, suspended)
+    except Exception:  # objects of other libraries were looked into
+        return 0.0
+
+
 class Driven(Coroutine[Any, Any, Any]):
     """A coroutine whose steps are timed. It can be awaited once, or given to a task.
 
@@ -117,23 +137,3 @@ class Driven(Coroutine[Any, Any, Any]):
     def __getattr__(self, name: str) -> Any:
         # Introspection (cr_frame, cr_await, __qualname__: Task.get_stack, anyio, debuggers) sees the coroutine itself.
         return getattr(self._coroutine, name)
-
-
-def blocked(coroutine: Any, suspended: float, now: float) -> float:
-    """Return for how many of the last seconds a coroutine that is about to go on was ready, but the loop held.
-
-    The kernel knows when the answer came that it waited for. Where there is no TCP socket, or that says nothing about
-    this wait, the loop was held all the while that is counted (see ``holds``). Never raises.
-    """
-    try:
-        holds = of_running_loop()
-        held_since = None if holds is None else holds.held_since()
-        if holds is None or held_since is None:
-            return 0.0
-        ready = held_since
-        since_data = seconds_since_data(awaited_by(coroutine))
-        if since_data is not None and now - since_data >= suspended:
-            ready = max(now - since_data, holds.earliest)
-        return now - max(ready, suspended)
-    except Exception:  # objects of other libraries were looked into
-        return 0.0
