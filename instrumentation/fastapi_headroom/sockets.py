@@ -35,6 +35,7 @@ _FINDERS: Final[Mapping[str, Callable[[Locals], Any]]] = {
     "asyncpg": _of_self,  # Connection, PreparedStatement, Transaction, Cursor
     "anyio._backends._asyncio": _of_self,  # httpx: SocketStream
     "aiohttp": _of_self,  # ResponseHandler, StreamReader, ClientResponse
+    "uvicorn": _of_self,  # the rest of a request's body: RequestResponseCycle
     "psycopg.waiting": lambda variables: variables.get("fileno"),
 }
 """By module or package of a coroutine: what of its variables leads to the socket."""

@@ -151,11 +151,13 @@ async def waiting_while(truth: Truth, kind: str, seconds: float, other: str) -> 
 
 
 # ---------------------------------------------------------------- a database over TCP
-async def test_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth) -> None:
-    """A query of 50 ms while another request holds the loop for 500 ms: 40 to 70 ms db, 430 to 470 loop_blocked."""
+@pytest.mark.parametrize("holder", ["hold", "hold-by-callback"])
+async def test_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth, holder: str) -> None:
+    """A query of 50 ms while another request, or a callback, holds the loop for 500 ms: 40 to 70 ms db, 430 to 470
+    loop_blocked."""
     stages = await until_true(
         lambda found: 0.04 <= found["db"] <= 0.07 and 0.43 <= found["loop_blocked"] <= 0.47,
-        lambda: waiting_while(app, "tcp", 0.05, "/hold?seconds=0.5"),
+        lambda: waiting_while(app, "tcp", 0.05, f"/{holder}?seconds=0.5"),
     )
     assert 0.04 <= stages["db"] <= 0.07, stages
     assert 0.43 <= stages["loop_blocked"] <= 0.47, stages
@@ -236,7 +238,7 @@ async def test_unix_a_wait_of_1_s_with_a_hold_of_500_ms_inside(app: Truth) -> No
 
 
 # ---------------------------------------------------------------- requests that arrive while the loop is held
-async def arrivals_during(truth: Truth, seconds: float, *, reuse: bool) -> list[tuple[float, float, float]]:
+async def arrivals_during(truth: Truth, seconds: float, hold: str, *, reuse: bool) -> list[tuple[float, float, float]]:
     """Send requests, 30 ms apart, while the loop is held; return what each client waited, accept_queue and latency.
 
     On connections of their own, new or ``reuse``d: each request has a route, and so books, of its own.
@@ -261,7 +263,7 @@ async def arrivals_during(truth: Truth, seconds: float, *, reuse: bool) -> list[
             await reader.readuntil(b'"pong"')
         before = truth.books()
         _, *waited = await asyncio.gather(
-            client.get("/block", params={"seconds": seconds}), *(ping(number) for number in range(ROUTES))
+            client.get(hold, params={"seconds": seconds}), *(ping(number) for number in range(ROUTES))
         )
     found = []
     for number, client_waited in enumerate(waited):
@@ -273,11 +275,11 @@ async def arrivals_during(truth: Truth, seconds: float, *, reuse: bool) -> list[
     return found
 
 
-async def check_arrivals(truth: Truth, seconds: float, *, reuse: bool) -> None:
+async def check_arrivals(truth: Truth, seconds: float, hold: str = "/block", *, reuse: bool) -> None:
     """Check that each request's wait is found within 50 ms."""
     for _ in range(ATTEMPTS):
         late = asyncio.create_task(_lateness())
-        found = await arrivals_during(truth, seconds, reuse=reuse)
+        found = await arrivals_during(truth, seconds, hold, reuse=reuse)
         late.cancel()
         disturbed = await late
         wrong = [each for each in found if abs(each[0] - each[1]) > 0.05 or abs(each[0] - each[2]) > 0.05]
@@ -296,6 +298,7 @@ async def test_requests_that_arrive_while_the_loop_is_held(loop: str, http: str)
     with truth(loop, "--http", http) as app:
         await check_arrivals(app, 0.8, reuse=False)
         await check_arrivals(app, 0.8, reuse=True)
+        await check_arrivals(app, 0.8, "/block-by-callback", reuse=False)
 
 
 @pytest.mark.soak

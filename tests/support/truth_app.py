@@ -85,6 +85,23 @@ async def hold(seconds: float, times: int = 1, after: float = 0.005) -> None:
         busy(seconds)
 
 
+@app.get("/hold-by-callback")
+async def hold_by_callback(seconds: float) -> None:
+    """Have the loop held by a callback that belongs to no request, from when another request waits."""
+    global holders
+    holders += 1
+    await waits.wait()
+    waits.clear()
+    holders -= 1
+    await block_by_callback(seconds)
+
+
+@app.get("/block-by-callback")
+async def block_by_callback(seconds: float) -> None:
+    """Have it held at once."""
+    asyncio.get_running_loop().call_later(0.005, busy, seconds, context=Context())
+
+
 @app.get("/crowd")
 async def crowd(of: str, tasks: int = 50, seconds: float = 0.002, rounds: int = 8) -> None:
     """Keep the loop busy by many tasks with short steps: the request's own, or such as belong to no request."""
