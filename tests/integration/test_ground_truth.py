@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import ssl
 import statistics
 import tempfile
 import time
@@ -18,6 +20,7 @@ import pytest
 from demo_app.stack.process import free_port
 from demo_app.stack.servers import Postgres, Redis
 from fastapi_headroom.ledger import STAGES
+from tests.exporter.certificates import make_pair
 from tests.support.scrape import Scrape, scrape, scrape_until
 from tests.support.serving import Serving, serve
 
@@ -299,6 +302,37 @@ async def test_requests_that_arrive_while_the_loop_is_held(loop: str, http: str)
         await check_arrivals(app, 0.8, reuse=False)
         await check_arrivals(app, 0.8, reuse=True)
         await check_arrivals(app, 0.8, "/block-by-callback", reuse=False)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_a_request_over_tls_that_arrives_while_the_loop_is_held(loop: str, tmp_path: Path) -> None:
+    """On a TLS connection that is open the client's wait is found as on a plain one."""
+    pair = make_pair(tmp_path)
+    trusted = ssl.create_default_context(cafile=pair.certificate)
+    options = ("--ssl-certfile", str(pair.certificate), "--ssl-keyfile", str(pair.key))
+    with truth(loop, *options) as app:
+        streams = [await asyncio.open_connection("127.0.0.1", app.server.port, ssl=trusted) for _ in range(2)]
+
+        async def get_path(number: int, path: str) -> float:
+            reader, writer = streams[number]
+            began = time.perf_counter()
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))  # type: ignore[index]
+            return time.perf_counter() - began
+
+        await get_path(1, "/ping0")
+        before = app.books()
+        holding = asyncio.create_task(get_path(0, "/block?seconds=0.5"))
+        await asyncio.sleep(0.1)
+        waited = await get_path(1, "/ping0")
+        await holding
+        stages = spent(app, before, "/ping0")
+        for _, writer in streams:
+            writer.close()
+    assert waited > 0.3
+    assert stages["accept_queue"] == pytest.approx(waited, abs=0.05)
 
 
 @pytest.mark.soak
