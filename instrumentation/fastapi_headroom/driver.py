@@ -11,14 +11,36 @@ from collections.abc import Callable, Coroutine, Generator
 from time import perf_counter
 from typing import Any
 
+from fastapi_headroom.holds import LONG, SHORT, note_step, of_running_loop
 from fastapi_headroom.ledger import ON_LOOP, Ledger
+from fastapi_headroom.sockets import awaited_by, seconds_since_data
+
+
+def blocked(coroutine: Any, suspended: float, now: float) -> float:
+    """Return for how many of the last seconds a coroutine that is about to go on was ready, but the loop held.
+
+    The kernel knows when the answer came that it waited for. Where there is no TCP socket, or that says nothing about
+    this wait, the loop was held all the while that is counted (see ``holds``). Never raises.
+    """
+    try:
+        holds = of_running_loop()
+        held_since = None if holds is None else holds.held_since()
+        if holds is None or held_since is None:
+            return 0.0
+        ready = held_since
+        since_data = seconds_since_data(awaited_by(coroutine))
+        if since_data is not None and now - since_data >= suspended:
+            ready = max(now - since_data, holds.earliest)
+        return now - max(ready, suspended)
+    except Exception:  # objects of other libraries were looked into
+        return 0.0
 
 
 class Driven(Coroutine[Any, Any, Any]):
     """A coroutine whose steps are timed. It can be awaited once, or given to a task.
 
-    A step within a step of the same request (an eagerly started task) belongs to the outer one, and steps
-    after the request has finished (background tasks) do not count.
+    A step within a step of the same request (an eagerly started task) belongs to the outer one. Steps after the
+    request has finished (background tasks) do not count, but they hold the loop for others.
     """
 
     __slots__ = ("__weakref__", "_coroutine", "_ledger", "_send")
@@ -42,23 +64,34 @@ class Driven(Coroutine[Any, Any, Any]):
         # What tasks and await call for every step but a thrown one; written out here because it is the hot path.
         ledger = self._ledger
         if ledger.stepping or ledger.finished:
-            return self._send(None)
-        now = perf_counter()
-        if ledger.waits:
-            ledger.charge(now)
-        ledger.mark = now
+            return self._send(None) if ledger.stepping else self._step_after(self._send, None)
+        started = perf_counter()
+        elapsed = started - ledger.mark
+        if elapsed >= LONG:
+            ledger.charge(started, blocked(self._coroutine, ledger.mark, started))
+        elif waits := ledger.waits:
+            try:
+                if len(waits) == 1:
+                    ledger.seconds[waits[0]] += elapsed
+                else:
+                    ledger.charge(started)
+            except IndexError:
+                pass  # a thread of the request closed it at this moment
+        ledger.mark = started
         ledger.stepping = True
         try:
             return self._send(None)
         finally:
             ledger.stepping = False
+            now = perf_counter()
+            elapsed = now - started
             if not ledger.finished:
-                now = perf_counter()
-                elapsed = now - ledger.mark
                 ledger.mark = now
                 ledger.seconds[ON_LOOP] += elapsed
                 if elapsed > ledger.longest_step:
                     ledger.longest_step = elapsed
+            if elapsed >= SHORT:
+                note_step(started, now)
 
     def send(self, value: Any) -> Any:
         """Run one step."""
@@ -75,15 +108,35 @@ class Driven(Coroutine[Any, Any, Any]):
     def _step(self, step: Callable[..., Any], *arguments: Any) -> Any:
         ledger = self._ledger
         if ledger.stepping or ledger.finished:
-            return step(*arguments)
-        ledger.charge(perf_counter())
+            return step(*arguments) if ledger.stepping else self._step_after(step, *arguments)
+        now = perf_counter()
+        if now - ledger.mark >= LONG:
+            ledger.charge(now, blocked(self._coroutine, ledger.mark, now))
+        else:
+            ledger.charge(now)
         ledger.stepping = True
         try:
             return step(*arguments)
         finally:
             ledger.stepping = False
+            ended = perf_counter()
             if not ledger.finished:
-                ledger.charge_step(perf_counter())
+                ledger.charge_step(ended)
+            if ended - now >= SHORT:
+                note_step(now, ended)
+
+    def _step_after(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a step of what goes on when the request has finished."""
+        ledger = self._ledger
+        started = perf_counter()
+        ledger.stepping = True
+        try:
+            return step(*arguments)
+        finally:
+            ledger.stepping = False
+            ended = perf_counter()
+            if ended - started >= SHORT:
+                note_step(started, ended)
 
     def __getattr__(self, name: str) -> Any:
         # Introspection (cr_frame, cr_await, __qualname__: Task.get_stack, anyio, debuggers) sees the coroutine itself.

@@ -8,6 +8,8 @@ A request is at every moment in one of three states, and the ledger charges the 
   ``threadpool`` takes part only while no other wait is open: waits made in the thread lie within it;
 * ``other`` when nothing is open.
 
+The end of such a time, in which the request was ready to go on while somebody else held the loop, is ``loop_blocked``.
+
 ``other`` is what is left of the duration when the request finishes, so the stages sum to it by construction.
 Times are seconds of ``time.perf_counter``. The ledger is written by the loop's thread and, for sync endpoints,
 by the thread that runs them; every operation on it is one that the interpreter does not tear.
@@ -113,21 +115,28 @@ class Ledger:
         except ValueError:
             pass
 
-    def charge(self, now: float) -> None:
-        """Charge the time since ``mark`` to the waits that are open. Only while no step runs."""
-        elapsed = now - self.mark
+    def charge(self, now: float, blocked: float = 0.0) -> None:
+        """Charge the time since ``mark`` to the waits that are open. Only while no step runs.
+
+        The last ``blocked`` seconds of it go to ``loop_blocked``: the request was ready and could not move.
+        """
+        elapsed = now - self.mark - blocked
         self.mark = now
-        waits = self.waits
-        if waits and not self.finished:
-            seconds = self.seconds
-            if len(waits) == 1:
-                seconds[waits[0]] += elapsed
-            else:
-                # What a thread waits for (a database, a cache) is that wait, and no time of the thread.
-                inner = [stage for stage in waits if stage != THREADPOOL] or waits.copy()
-                share = elapsed / (len(inner) or 1)  # none is left when another thread has just closed them
-                for stage in inner:
-                    seconds[stage] += share
+        if self.finished:
+            return
+        seconds = self.seconds
+        if blocked:
+            self.waited = True
+            seconds[LOOP_BLOCKED] += blocked
+        waits = self.waits.copy() if self.waits else self.waits  # a thread may close one meanwhile
+        if len(waits) == 1:
+            seconds[waits[0]] += elapsed
+        elif waits:
+            # While a thread of the request waits for something, that is what the request waits for.
+            inner = [stage for stage in waits if stage != THREADPOOL] or waits
+            share = elapsed / len(inner)
+            for stage in inner:
+                seconds[stage] += share
 
     def charge_step(self, now: float) -> None:
         """Charge the time since ``mark`` to ``on_loop``: the step that began there ends, or the request within it."""

@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     """Whether every response tells in ``Server-Timing`` where its time went. It shows insides to whoever asks."""
     server_timing_secret: SecretStr = SecretStr("")
     """Requests that show this in ``X-Headroom-Timing`` get ``Server-Timing``; at least 16 visible ASCII characters."""
+    trust_request_start: bool = False
+    """Believe the header ``X-Request-Start`` about when a request reached the proxy before the app. Only where a proxy
+    sets it on every request: clients could send any."""
     sample_interval: float = Field(default=1.0, gt=0.01, le=60)
     """Seconds between two samples of gauges."""
     block_threshold: float = Field(default=0.1, ge=0.02, le=60)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
+import anyio
 import httpx
 import pytest
-from fastapi import FastAPI, Request, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fastapi_headroom import ledger
@@ -154,3 +158,228 @@ async def test_the_ledger_is_found_in_threads_and_knows_the_route(measure: Calla
     assert (await measured.get("/sync/1")).json() == ["/sync/{x}", "GET"]
     assert ledger.current.get() is None
     assert measured.value("headroom_request_queries_sum", http_route="/sync/{x}") == 3
+
+
+# ------------------------------------------------------------------ the stages sum to the duration, whatever happens
+def shapes() -> FastAPI:
+    """Return an app with a route for each way in which a request can be served."""
+    app = FastAPI()
+    mounted = FastAPI()
+
+    async def work() -> None:
+        busy(0.01)
+        await asyncio.sleep(0.01)
+
+    async def wait(stage: int, seconds: float) -> None:
+        request = ledger.current.get()
+        assert request is not None
+        request.enter(stage)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            request.leave(stage)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            await work()
+            yield b"piece"
+
+    async def after() -> None:
+        busy(0.05)
+        await asyncio.sleep(0.05)
+
+    async def failing_dependency() -> None:
+        await work()
+        raise LookupError("dependency")
+
+    async def closing_dependency() -> AsyncIterator[None]:
+        await work()
+        yield
+        await work()
+
+    @app.get("/gather")
+    async def gather() -> None:
+        await asyncio.gather(work(), wait(ledger.DB, 0.03), wait(ledger.CACHE, 0.05), work())
+
+    @app.get("/group")
+    async def group() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+            tasks.start_soon(wait, ledger.DB, 0.03)
+
+    @app.get("/outliving")
+    async def outliving() -> None:
+        kept.append(asyncio.create_task(after()))
+        kept.append(asyncio.create_task(wait(ledger.DB, 0.1)))
+        await work()
+
+    @app.get("/cancelled")
+    async def cancelled() -> None:
+        with anyio.move_on_after(0.03):
+            await wait(ledger.DB, 10)
+        task = asyncio.create_task(wait(ledger.CACHE, 10))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    @app.get("/raising")
+    async def raising() -> None:
+        await work()
+        raise ValueError("handler")
+
+    @app.get("/dependency", dependencies=[Depends(failing_dependency)])
+    async def dependency() -> None:
+        pass
+
+    @app.get("/yielding", dependencies=[Depends(closing_dependency)])
+    async def yielding() -> None:
+        await work()
+
+    @app.get("/sync")
+    def sync() -> None:
+        request = ledger.current.get()
+        assert request is not None
+        time.sleep(0.02)
+        request.enter(ledger.DB)
+        time.sleep(0.02)
+        request.leave(ledger.DB)
+
+    @app.get("/thread")
+    async def thread() -> None:
+        await asyncio.gather(run_in_threadpool(time.sleep, 0.03), work())
+
+    @app.get("/streaming")
+    async def streaming() -> StreamingResponse:
+        return StreamingResponse(pieces())
+
+    @app.get("/file")
+    async def file() -> FileResponse:
+        return FileResponse(__file__)
+
+    @app.get("/background")
+    async def background(tasks: BackgroundTasks) -> None:
+        tasks.add_task(after)
+        await work()
+
+    @mounted.get("/inner")
+    async def inner() -> None:
+        await work()
+        await wait(ledger.DB, 0.01)
+
+    app.mount("/mounted", mounted)
+    kept: list[asyncio.Task[None]] = []
+    return app
+
+
+@pytest.mark.parametrize("middleware", [False, True], ids=["bare", "behind-middleware"])
+@pytest.mark.parametrize("held", [False, True], ids=["free", "held"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("gather", "group", "outliving", "cancelled", "raising", "dependency", "yielding", "sync", "thread"),
+        *("streaming", "file", "background", "mounted/inner"),
+    ],
+)
+async def test_the_stages_sum_to_the_duration(
+    measure: Callable[..., Measured], path: str, held: bool, middleware: bool
+) -> None:
+    """However a request is served, on a free loop and on one that others hold, its stages sum to its duration."""
+    app = shapes()
+    if middleware:
+
+        @app.middleware("http")
+        async def passing(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            await asyncio.sleep(0.001)
+            return await call_next(request)
+
+    @app.get("/holding")
+    async def holding() -> None:
+        for _ in range(5):
+            busy(0.012)
+            await asyncio.sleep(0.002)
+
+    measured = measure(app)
+    async with measured.client() as client:
+        others = [client.get("/holding") for _ in range(2 if held else 0)]
+        began = time.perf_counter()
+        answer, *_ = await asyncio.gather(client.get(f"/{path}"), *others)
+        whole = time.perf_counter() - began
+    assert answer.status_code == (500 if path in ("raising", "dependency") else 200)
+    stages = measured.stages(f"/{path}")
+    duration = measured.seconds(f"/{path}")
+    assert 0 < duration < whole
+    assert sum(stages.values()) == pytest.approx(duration, rel=0.01, abs=0.001)
+    assert min(stages.values()) >= 0.0
+    if not held:
+        assert stages.get("loop_blocked", 0.0) < 0.03 + whole / 4, "nobody else held the loop"
+
+
+async def test_a_client_that_goes_away_leaves_books_that_sum(measure: Callable[..., Measured]) -> None:
+    """A request that is cancelled because its client went has stages that sum to its duration."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler() -> None:
+        request = ledger.current.get()
+        assert request is not None
+        request.enter(ledger.DB)
+        await asyncio.sleep(10)
+
+    measured = measure(app)
+    task = asyncio.create_task(measured.get("/"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stages = measured.stages("/")
+    assert stages["db"] >= 0.03
+    assert sum(stages.values()) == pytest.approx(measured.seconds("/"), abs=0.001)
+
+
+async def test_a_request_in_a_thread_is_blocked_by_who_holds_the_loop(measure: Callable[..., Measured]) -> None:
+    """A sync endpoint whose thread is done after 30 ms, on a loop held for 300 ms, has the rest as loop_blocked."""
+    app = FastAPI()
+
+    @app.get("/sync")
+    def sync() -> None:
+        request = ledger.current.get()
+        assert request is not None
+        request.enter(ledger.DB)
+        time.sleep(0.03)
+        request.leave(ledger.DB)
+
+    @app.get("/holding")
+    async def holding() -> None:
+        await asyncio.sleep(0.01)
+        busy(0.3)
+
+    measured = measure(app)
+    await measured.get("/sync")  # the first one starts the thread
+    before = measured.stages("/sync")
+    async with measured.client() as client:
+        await asyncio.gather(client.get("/sync"), client.get("/holding"))
+    stages = measured.stages("/sync")
+    assert 0.2 <= stages["loop_blocked"] <= 0.4
+    assert stages["db"] - before["db"] < 0.12
+
+
+async def test_background_tasks_hold_the_loop_for_others(measure: Callable[..., Measured]) -> None:
+    """What a request computes after its response is not its own time, but others are blocked by it."""
+    app = FastAPI()
+
+    async def after() -> None:
+        await asyncio.sleep(0.005)
+        busy(0.2)
+
+    @app.get("/background")
+    async def background(tasks: BackgroundTasks) -> None:
+        tasks.add_task(after)
+
+    @app.get("/waiting")
+    async def waiting() -> None:
+        await asyncio.sleep(0.03)
+
+    measured = measure(app)
+    async with measured.client() as client:
+        await asyncio.gather(client.get("/background"), client.get("/waiting"))
+    assert 0.15 <= measured.stages("/waiting")["loop_blocked"] <= 0.3
+    assert measured.seconds("/background") < 0.1

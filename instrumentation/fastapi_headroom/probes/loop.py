@@ -29,6 +29,7 @@ from typing import ClassVar, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
+from fastapi_headroom.holds import note_late_beat
 from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
@@ -260,6 +261,7 @@ class Heartbeat:
             clocks = pulse.clocks(now)
             before = pulse.beat
             late = max(0.0, now - before.due)
+            note_late_beat(pulse.loop, late, now - before.clocks.at)
             missed = 0
             if late < HELD:
                 self._delay.observe(late)

@@ -17,11 +17,11 @@ from fastapi import FastAPI
 from starlette._utils import get_route_path
 from starlette.applications import Starlette
 
-from fastapi_headroom import catalog
+from fastapi_headroom import catalog, holds
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger, current, in_flight
-from fastapi_headroom.probes import routes
+from fastapi_headroom.probes import arrival, routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
 from fastapi_headroom.probes.exchange import UNMATCHED
@@ -156,6 +156,7 @@ class RequestProbe:
         """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
         apps = self._apps
         make_exchange = exchange_class(self._settings)
+        trusts_header = self._settings.trust_request_start
 
         async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> Any:  # noqa: N807
             # A coroutine function, because servers ask whether it is one.
@@ -172,6 +173,8 @@ class RequestProbe:
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
             ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
+            if trusts_header or ledger.started < holds.until:
+                arrival.note(ledger, scope, receive, trusts_header)
             exchange = make_exchange(table, self.guard, ledger, scope, receive, send)
             outer = current.get()
             current.set(ledger)
