@@ -464,7 +464,8 @@ async def test_a_failing_hook_does_not_reach_the_app(
         raise RuntimeError("broken probe")
 
     await warm(engine)
-    monkeypatch.setattr("fastapi_headroom.probes.pool_series.PoolSeries.route", broken)
+    monkeypatch.setattr("fastapi_headroom.probes.pool_hooks.Hold", broken)
+    monkeypatch.setattr("fastapi_headroom.probes.statements.Statements._remember", broken)
     async with engine.connect() as connection:
         assert (await connection.execute(text("select 1"))).scalar_one() == 1
     assert writer.value("headroom_probe_up", probe="pool") == 0

@@ -20,7 +20,6 @@ METHODS: Final = {method: method for method in _KNOWN}
 """Methods that are label values as they are; all others share ``_OTHER``."""
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
-WAIT_STAGES: Final = tuple(stage for stage in range(len(STAGES)) if stage not in (ON_LOOP, OTHER))
 
 Write = Callable[[float], None]
 
@@ -35,8 +34,6 @@ class RouteSeries:
         "first_byte",
         "latency",
         "loop_hold",
-        "on_loop",
-        "other",
         "queries",
         "stages",
     )
@@ -51,8 +48,8 @@ class RouteSeries:
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
         self.stages: list[Write | None] = [None] * len(STAGES)
         """The counters of the stages in which the route has had time."""
-        self.on_loop: Write = self.make_stage(ON_LOOP)
-        self.other: Write = self.make_stage(OTHER)
+        self.make_stage(ON_LOOP)
+        self.make_stage(OTHER)
 
     def make_stage(self, stage: int) -> Write:
         """Return the counter of a stage, made when the route first has time there."""

@@ -7,7 +7,7 @@ the code behind one ``@app.middleware("http")`` would not be seen as ``on_loop``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from fastapi_headroom.driver import Driven
@@ -31,7 +31,7 @@ class TaskHook:
         self.detach()
         self._previous = loop.get_task_factory()
         self._loop = loop
-        self._factory = _factory(self._previous or _make_task)
+        self._factory = _factory(self._previous)
         loop.set_task_factory(self._factory)
 
     def detach(self) -> None:
@@ -41,16 +41,14 @@ class TaskHook:
             loop.set_task_factory(self._previous)
 
 
-def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Any:
-    return asyncio.Task(coroutine, loop=loop, **options)
+def _factory(previous: Factory | None) -> Factory:
+    make, get = previous, current.get
 
-
-def _factory(make: Factory) -> Factory:
     def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-        context = options.get("context")
-        ledger = current.get() if context is None else context.get(current)
+        context = options.get("context") if options else None
+        ledger = get() if context is None else context.get(current)
         if ledger is not None and not ledger.finished and type(coroutine) is not Driven:
             coroutine = Driven(coroutine, ledger)
-        return make(loop, coroutine, **options)
+        return asyncio.Task(coroutine, loop=loop, **options) if make is None else make(loop, coroutine, **options)
 
     return create
