@@ -63,11 +63,11 @@ class Results:
 class CacheSeries:
     """The series of one cache, with their handles resolved once."""
 
-    __slots__ = ("_known", "_writer", "name", "operations", "patterns")
+    __slots__ = ("_known", "name", "operations", "patterns", "writer")
 
     def __init__(self, writer: Writer, name: str) -> None:
         self._known: dict[str | bytes, Results | None] = {}
-        self._writer = writer
+        self.writer = writer
         self.name = name
         self.operations: dict[str, Histogram] = {}
         self.patterns: dict[str, Results] = {}
@@ -76,14 +76,9 @@ class CacheSeries:
         """Record how long an operation took."""
         handle = self.operations.get(operation)
         if handle is None:
-            handle = self._writer.histogram(catalog.CACHE_OPERATION_DURATION, self.name, operation)
+            handle = self.writer.histogram(catalog.CACHE_OPERATION_DURATION, self.name, operation)
             self.operations[operation] = handle
         handle.observe(seconds)
-
-    @property
-    def writer(self) -> Writer:
-        """The writer to whose run the series belong."""
-        return self._writer
 
     def look_up(self, key: Any) -> Results | None:
         """Return the counters of the pattern that ``key`` folds to, None for a key of a task queue."""
@@ -106,7 +101,7 @@ class CacheSeries:
                 pattern = OTHER
             results = self.patterns.get(pattern)
             if results is None:
-                results = self.patterns[pattern] = Results(self._writer, self.name, pattern)
+                results = self.patterns[pattern] = Results(self.writer, self.name, pattern)
         return results
 
 
