@@ -16,7 +16,7 @@ from demo_app.stack.servers import Redis
 from fastapi_headroom import ledger
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import CACHE, Ledger
-from fastapi_headroom.probes.cache import MAX_PATTERNS, CacheProbe, cache_result
+from fastapi_headroom.probes.cache import MAX_KEYS, MAX_PATTERNS, CacheProbe, CacheSeries, cache_result
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
@@ -313,3 +313,26 @@ async def test_a_failing_hook_does_not_reach_the_app(
     assert writer.value("headroom_probe_up", probe="cache") == 0
     assert writer.value("headroom_probe_errors_total", probe="cache") == 3
     probe.close()
+
+
+def test_remembered_keys_are_few_and_change_no_pattern(writer: Writer) -> None:
+    """However many keys are looked up, a bounded number is kept, and each look-up goes to its own pattern."""
+    series = CacheSeries(writer, "main")
+    for number in range(3 * MAX_KEYS):
+        for key in (f"product:{number}", f"org:{number}:plan".encode(), f"rq:job:{number}"):
+            for _ in range(2):  # the second time it is known
+                found = series.look_up(key)
+                assert (found is None) == (key == f"rq:job:{number}")
+                if found is not None:
+                    found.hit.inc()
+    assert results(writer) == {("product:{}", "hit"): 6 * MAX_KEYS, ("org:{}:plan", "hit"): 6 * MAX_KEYS}
+    assert len(series._known) <= MAX_KEYS
+
+
+def test_a_closed_probe_leaves_nothing_on_the_client(probe: CacheProbe, sync_client: Any) -> None:
+    """What hangs on a client's connection pool while it is measured goes with the probe."""
+    before = set(vars(sync_client.connection_pool))
+    sync_client.get("product:1")
+    assert set(vars(sync_client.connection_pool)) != before
+    probe.close()
+    assert set(vars(sync_client.connection_pool)) == before

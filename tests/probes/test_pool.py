@@ -19,12 +19,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy import Engine, create_engine, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool, QueuePool, SingletonThreadPool, StaticPool
+from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from demo_app.stack.servers import Postgres
 from fastapi_headroom import ledger
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import POOL_WAIT, Ledger
 from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.pool_hooks import _takes_at_once
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
@@ -464,7 +466,8 @@ async def test_a_failing_hook_does_not_reach_the_app(
         raise RuntimeError("broken probe")
 
     await warm(engine)
-    monkeypatch.setattr("fastapi_headroom.probes.pool_series.PoolSeries.route", broken)
+    monkeypatch.setattr("fastapi_headroom.probes.pool_hooks.Hold", broken)
+    monkeypatch.setattr("fastapi_headroom.probes.statements.Statements._remember", broken)
     async with engine.connect() as connection:
         assert (await connection.execute(text("select 1"))).scalar_one() == 1
     assert writer.value("headroom_probe_up", probe="pool") == 0
@@ -481,3 +484,28 @@ async def test_rebinding_writes_to_the_new_writer_once(probe: PoolProbe, writer:
         await connection.execute(text("select 1"))
     assert value(fresh, "db_client_connection_wait_time_seconds_count") == 1
     assert value(writer, "db_client_connection_wait_time_seconds_count") == 2
+
+
+async def test_an_idle_connection_is_no_wait_and_the_next_one_is(
+    probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
+    """A checkout that finds an idle connection waits 0 seconds; one that finds none has a wait in its ledger."""
+    await warm(engine)
+    before = value(writer, "db_client_connection_wait_time_seconds_sum")
+    books = Ledger("GET")
+    ledger.current.set(books)
+    for _ in range(3):
+        await hold(engine, 0)
+    assert value(writer, "db_client_connection_wait_time_seconds_sum") == before
+    assert value(writer, "db_client_connection_wait_time_seconds_count") == 2 + 3
+    await asyncio.gather(*(hold(engine) for _ in range(3)))
+    assert value(writer, "db_client_connection_wait_time_seconds_sum") - before >= HOLD * 0.9
+    assert books.waits == []
+    assert books.seconds[POOL_WAIT] >= HOLD * 0.9
+
+
+def test_whether_a_pool_gives_at_once_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SQLAlchemy whose pool awaits even for what lies ready is recognised; there every checkout is a wait."""
+    assert _takes_at_once()
+    monkeypatch.setattr(AsyncAdaptedQueue, "get", lambda self, block, timeout: self._queue.get())
+    assert not _takes_at_once()

@@ -15,7 +15,7 @@ from demo_app.stack.servers import Postgres
 from fastapi_headroom import ledger
 from fastapi_headroom.ledger import DB, Ledger
 from fastapi_headroom.probes.pool import PoolProbe
-from fastapi_headroom.probes.statements import operation_name
+from fastapi_headroom.probes.statements import MAX_TEXTS, operation_name
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
@@ -117,3 +117,13 @@ def test_many_rows_are_one_statement(writer: Writer) -> None:
     assert counts(writer)["sqlite", "INSERT", ""] - before.get(("sqlite", "INSERT", ""), 0) == 2
     assert counts(writer)["sqlite", "SELECT", ""] == 1
     assert counts(writer)["sqlite", "COMMIT", ""] == 1
+
+
+def test_remembered_texts_are_few_and_all_statements_count(writer: Writer, probe: PoolProbe) -> None:
+    """Statements whose texts are ever new are counted by their operation like others, and are not all kept."""
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    with engine.connect() as connection:
+        for number in range(MAX_TEXTS + 50):
+            connection.exec_driver_sql(f"select {number}")
+    assert counts(writer)["sqlite", "SELECT", ""] == MAX_TEXTS + 50
+    assert len(probe.statements._by_text["sqlite"]) <= MAX_TEXTS

@@ -10,13 +10,13 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.cache_rules import LOOKUPS, SKIPPED, TIMED, keys_of, of_broker
+from fastapi_headroom.probes.cache_rules import LOOKUPS, SKIPPED, TIMED, keys_of, of_broker, one
 from fastapi_headroom.probes.key_pattern import fold
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
@@ -27,7 +27,11 @@ from fastapi_headroom.store.writer import Counter, Histogram, Writer
 MAX_PATTERNS: Final = 100
 """Key patterns per cache; further ones are ``_OTHER``."""
 MAX_CACHES: Final = 20
-_OPERATIONS: Final = {
+MAX_KEYS: Final = 500
+"""Keys per cache whose pattern is remembered, so that the hot ones need no folding."""
+SERIES_KEY: Final = "_fastapi_headroom"
+"""The attribute of a client's connection pool (or cluster) that carries its CacheSeries."""
+OPERATIONS: Final = {
     **{command: command.lower() for command in (*LOOKUPS, *TIMED)},
     **dict.fromkeys(SKIPPED, ""),
 }
@@ -59,10 +63,11 @@ class Results:
 class CacheSeries:
     """The series of one cache, with their handles resolved once."""
 
-    __slots__ = ("_writer", "name", "operations", "patterns")
+    __slots__ = ("_known", "name", "operations", "patterns", "writer")
 
     def __init__(self, writer: Writer, name: str) -> None:
-        self._writer = writer
+        self._known: dict[str | bytes, Results | None] = {}
+        self.writer = writer
         self.name = name
         self.operations: dict[str, Histogram] = {}
         self.patterns: dict[str, Results] = {}
@@ -71,9 +76,21 @@ class CacheSeries:
         """Record how long an operation took."""
         handle = self.operations.get(operation)
         if handle is None:
-            handle = self._writer.histogram(catalog.CACHE_OPERATION_DURATION, self.name, operation)
+            handle = self.writer.histogram(catalog.CACHE_OPERATION_DURATION, self.name, operation)
             self.operations[operation] = handle
         handle.observe(seconds)
+
+    def look_up(self, key: Any) -> Results | None:
+        """Return the counters of the pattern that ``key`` folds to, None for a key of a task queue."""
+        hashes = type(key) is str or type(key) is bytes
+        if hashes and key in self._known:
+            return self._known[key]
+        results = None if of_broker(key) else self.results(key)
+        if hashes:
+            if len(self._known) >= MAX_KEYS:
+                self._known.clear()
+            self._known[key] = results
+        return results
 
     def results(self, key: Any) -> Results:
         """Return the counters of the pattern that ``key`` folds to."""
@@ -84,7 +101,7 @@ class CacheSeries:
                 pattern = OTHER
             results = self.patterns.get(pattern)
             if results is None:
-                results = self.patterns[pattern] = Results(self._writer, self.name, pattern)
+                results = self.patterns[pattern] = Results(self.writer, self.name, pattern)
         return results
 
 
@@ -98,12 +115,13 @@ class CacheProbe:
         """Prepare to measure. ``names`` gives caches names of the user's choice: ``{"main": client}``."""
         self.settings = settings
         self.guard = Guard(self.name)
-        self._writer: Writer | None = None
+        self.writer: Writer | None = None
         self._lock = threading.Lock()
         self._patches = Patches()
         self._hooks: RedisHooks | None = None
         self._series: dict[str, CacheSeries] = {}
-        self._by_owner: WeakKeyDictionary[Any, CacheSeries] = WeakKeyDictionary()
+        self._owners: WeakSet[Any] = WeakSet()
+        """What carries a CacheSeries."""
         self._names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         self.name_clients(names or {})
 
@@ -116,7 +134,7 @@ class CacheProbe:
                     "redis.asyncio.Redis or a cluster client"
                 )
             self._names[owner_of(client)] = given
-            self._by_owner.pop(owner_of(client), None)
+            vars(owner_of(client)).pop(SERIES_KEY, None)
 
     def bind(self, writer: Writer) -> None:
         """Resolve handles, and attach hooks if the app uses redis-py (else ``sample`` looks again)."""
@@ -126,20 +144,19 @@ class CacheProbe:
         _bound = self
         self._lock = threading.Lock()  # a fork may have left the old one held by a thread that is no more
         self._series = {}
-        self._by_owner = WeakKeyDictionary()
-        self._writer = writer
+        self.writer = writer
         self.guard.bind(writer)
         self._hook()
 
     def _hook(self) -> None:
         if self._hooks is None and "redis" in sys.modules:
             # importing it for an app that does not use it would cost start-up time and memory
-            self._hooks = RedisHooks(self, self._patches)
+            self._hooks = RedisHooks(self, self._patches, OPERATIONS)
             self._hooks.attach()
 
     def sample(self) -> None:
         """Attach the hooks to a redis-py that was imported since."""
-        if self._writer is not None:
+        if self.writer is not None:
             self._hook()
 
     def close(self) -> None:
@@ -147,20 +164,23 @@ class CacheProbe:
         global _bound
         if _bound is self:
             _bound = None
-        self._writer = None
+        self.writer = None
         self._patches.restore()
         self._hooks = None
+        for owner in tuple(self._owners):
+            vars(owner).pop(SERIES_KEY, None)
+        self._owners.clear()
 
     def operation(self, args: Sequence[Any]) -> str:
         """Return the name under which a command is timed; "" for one that is left alone."""
-        if self._writer is None:
+        if self.writer is None:
             return ""
         try:
-            operation = _OPERATIONS.get(args[0])
+            operation = OPERATIONS.get(args[0])
             if operation is None:
                 command = args[0]
                 text = command.decode("ascii", "replace") if isinstance(command, bytes) else str(command)
-                operation = _OPERATIONS.get(text.upper(), "other")
+                operation = OPERATIONS.get(text.upper(), "other")
             return operation
         except Exception as failure:
             self.guard.failed(failure)
@@ -168,7 +188,7 @@ class CacheProbe:
 
     def commands(self, pipeline: Any) -> list[Sequence[Any]]:
         """Return what a pipeline is about to send; nothing if none of it belongs to a cache."""
-        if self._writer is None:
+        if self.writer is None:
             return []
         try:
             commands = queued_commands(pipeline)
@@ -218,7 +238,7 @@ class CacheProbe:
     def count(self, cache: str, pattern: str, hit: bool) -> None:
         """Count one look-up in a cache inside the process."""
         try:
-            if self._writer is not None:
+            if self.writer is not None:
                 results = self._series_named(cache).results(pattern)
                 (results.hit if hit else results.miss).inc()
         except Exception as failure:
@@ -226,34 +246,41 @@ class CacheProbe:
 
     def _judge(self, series: CacheSeries, operation: str, args: Sequence[Any], reply: Any) -> None:
         judge = _JUDGES.get(operation)
-        if judge is None or of_broker(args[1]):
+        if judge is None:
+            return
+        first = series.look_up(args[1])
+        if first is None:
             return
         if isinstance(reply, Exception):
             self._count_errors(series, operation, args)
-            return
-        for key, found in judge(args, reply):
-            results = series.results(key)
-            (results.hit if found else results.miss).inc()
+        elif judge is one:
+            (first.miss if reply is None else first.hit).inc()
+        else:
+            for key, found in judge(args, reply):
+                results = series.results(key)
+                (results.hit if found else results.miss).inc()
 
     def _count_errors(self, series: CacheSeries, operation: str, args: Sequence[Any]) -> None:
         if operation in _JUDGES:
             for key in keys_of(operation, args):
-                if not of_broker(key):
-                    series.results(key).error().inc()
+                results = series.look_up(key)
+                if results is not None:
+                    results.error().inc()
 
     def _series_of(self, client: Any) -> CacheSeries:
-        owner = owner_of(client)
-        series = self._by_owner.get(owner)
-        if series is None:
+        owner = client.__dict__.get("connection_pool") or owner_of(client)
+        series: CacheSeries | None = owner.__dict__.get(SERIES_KEY)
+        if series is None or series.writer is not self.writer:
             series = self._series_named(self._names.get(owner) or address_of(client))
-            self._by_owner[owner] = series
+            setattr(owner, SERIES_KEY, series)
+            self._owners.add(owner)
         return series
 
     def _series_named(self, name: str) -> CacheSeries:
         series = self._series.get(name)
         if series is None:
             with self._lock:
-                writer = self._writer
+                writer = self.writer
                 assert writer is not None
                 if name not in self._series and len(self._series) >= MAX_CACHES:
                     name = OTHER

@@ -20,7 +20,7 @@ Judge = Callable[[Sequence[Any], Any], Verdicts]
 """Takes the command with its arguments and the reply."""
 
 
-def _one(args: Sequence[Any], reply: Any) -> Verdicts:
+def one(args: Sequence[Any], reply: Any) -> Verdicts:
     """A hit if there is a reply: GET, HGET and their like return nil for what is not there."""
     return ((args[1], reply is not None),)
 
@@ -46,7 +46,7 @@ def _counted(args: Sequence[Any], reply: Any) -> Verdicts:
 
 
 LOOKUPS: Final[dict[str, Judge]] = {
-    **dict.fromkeys(("GET", "GETEX", "GETDEL", "HGET", "JSON.GET", "ZSCORE", "DUMP"), _one),
+    **dict.fromkeys(("GET", "GETEX", "GETDEL", "HGET", "JSON.GET", "ZSCORE", "DUMP"), one),
     **dict.fromkeys(
         ("HGETALL", "HVALS", "HKEYS", "SMEMBERS", "LRANGE", "ZRANGE", "ZREVRANGE", "ZRANGEBYSCORE", "GETRANGE"), _filled
     ),

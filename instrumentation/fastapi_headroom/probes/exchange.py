@@ -9,17 +9,18 @@ response that merely comes in pieces is an ordinary one.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from itertools import compress
 from time import perf_counter
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect
 
-from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, Ledger, in_flight
+from fastapi_headroom.ledger import ACCEPT_QUEUE, STAGES, Ledger, in_flight
 from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.compressible import SMALLEST, compressible
 from fastapi_headroom.probes.headers import Headers, header, length
-from fastapi_headroom.probes.request_series import WAIT_STAGES, ResponseSeries, Table
+from fastapi_headroom.probes.request_series import ResponseSeries, Table
 from fastapi_headroom.tracing import spans
 
 STREAM_AFTER: Final = 1.0
@@ -32,6 +33,7 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """Status of a request whose client went away before there was a response (the convention of nginx)."""
 INCOMPLETE: Final = "IncompleteResponse"
 """Error type of an app that returned in the middle of its response."""
+ALL_STAGES: Final = range(len(STAGES))
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 _FILES: Final = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
 """Messages with which an app leaves a file to the server to send (extensions of the ASGI specification)."""
@@ -188,7 +190,7 @@ class Exchange:
             return
         self.duration = self.ledger.finish(perf_counter())
         self._leave()
-        if spans.active:
+        if spans.active and spans.UNSAMPLED not in self._scope:
             self.ledger.trace = spans.sampled()  # the server span is still open: the last byte passes through it
             if self.ledger.trace is not None:
                 blocks.tell_span(self.ledger)
@@ -264,13 +266,9 @@ class Exchange:
             if ledger.trace is not None:
                 series.exemplar(self.duration, ledger.trace)
             by_route.latency(seconds[ACCEPT_QUEUE] + self.duration)
-            by_route.on_loop(seconds[ON_LOOP])
-            by_route.other(seconds[OTHER])
-            if ledger.waited:
-                stages = by_route.stages
-                for stage in WAIT_STAGES:
-                    if amount := seconds[stage]:
-                        (stages[stage] or by_route.make_stage(stage))(amount)
+            stages = by_route.stages
+            for stage in compress(ALL_STAGES, seconds):  # those that are not 0
+                (stages[stage] or by_route.make_stage(stage))(seconds[stage])
         if self.began and (kind != "sse" or not self.several):
             by_route.first_byte(self.began - ledger.started)
         by_route.loop_hold(ledger.longest_step)

@@ -26,7 +26,7 @@ from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_hooks import PoolHooks
 from fastapi_headroom.probes.pool_names import MAX_NAMES, base_engine, derive_name
-from fastapi_headroom.probes.pool_series import HOLD_KEY, STATE_KEY, Counts, Hold, PoolSeries, PoolState
+from fastapi_headroom.probes.pool_series import HOLD_KEY, OUTSIDE, STATE_KEY, Counts, Hold, PoolSeries, PoolState
 from fastapi_headroom.probes.statements import Statements
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
@@ -185,20 +185,6 @@ class PoolProbe:
         except Exception as failure:
             self.guard.failed(failure)
 
-    def begin_hold(self, state: PoolState, fairy: Any) -> None:
-        """Take note that the connection behind ``fairy`` is checked out."""
-        try:
-            if fairy._counter != 1:
-                return  # SingletonThreadPool lent it to this thread already
-            info = fairy.record_info
-            earlier = info.get(HOLD_KEY)
-            if earlier is not None:
-                self.end_hold(earlier)  # StaticPool lends its one connection to all
-            hold = info[HOLD_KEY] = Hold(state, info, ledger.current.get(), perf_counter())
-            state.held.add(hold)
-        except Exception as failure:
-            self.guard.failed(failure)
-
     def end_hold(self, hold: Hold) -> None:
         """Record that a connection came back, or left the pool for good."""
         try:
@@ -206,10 +192,12 @@ class PoolProbe:
             state = hold.state
             state.held.discard(hold)
             seconds = perf_counter() - hold.started
-            series = state.series
+            series, request = state.series, hold.ledger
             series.use.observe(seconds)
-            route = series.route(hold.ledger)
+            route = series.routes.get(OUTSIDE if request is None else request.route) or series.route(request)
             route.hold.inc(seconds)
-            route.idle_hold.inc(max(0.0, seconds - hold.busy))
+            idle = seconds - hold.busy
+            if idle > 0.0:
+                route.idle_hold.inc(idle)
         except Exception as failure:
             self.guard.failed(failure)

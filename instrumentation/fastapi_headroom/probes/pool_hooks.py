@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.pool_series import HOLD_KEY, STATE_KEY, Hold
+from fastapi_headroom.probes.pool_series import HOLD_KEY, NOT_SEEN, STATE_KEY, Hold, PoolState
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.pool import PoolProbe
+
+_FRAMES: Final = 6
+"""Frames above a checkout among which its engine is looked for: some wrap ``raw_connection`` as well."""
 
 
 class PoolHooks:
@@ -23,7 +28,6 @@ class PoolHooks:
         self.probe = probe
         self._patches = patches
         self._listeners = (
-            ("checkin", self._checkin),
             ("detach", self._detach),
             ("invalidate", self._invalidate),
             ("soft_invalidate", self._invalidate),
@@ -32,16 +36,15 @@ class PoolHooks:
     def attach(self) -> None:
         """Wrap checkout, wait and connection making, and listen to the events of all pools."""
         from sqlalchemy import event
-        from sqlalchemy.engine.base import Engine
         from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
         from sqlalchemy.pool.base import _ConnectionRecord
 
         wrap = self._patches.wrap
-        wrap(Engine, "raw_connection", self._wrap_raw_connection)
         wrap(Pool, "connect", self._wrap_connect)
         wrap(SingletonThreadPool, "connect", self._wrap_connect)
         wrap(QueuePool, "_do_get", self._wrap_do_get)
         wrap(_ConnectionRecord, "_ConnectionRecord__connect", self._wrap_create)
+        wrap(_ConnectionRecord, "checkin", self._wrap_checkin)
         for name, listener in self._listeners:
             event.listen(Pool, name, listener)
 
@@ -54,56 +57,55 @@ class PoolHooks:
             if event.contains(Pool, name, listener):  # not if attach failed half-way
                 event.remove(Pool, name, listener)
 
-    def _wrap_raw_connection(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Make a pool known together with its engine, whose URL names it."""
-        probe = self.probe
-
-        def raw_connection(engine: Any) -> Any:
-            epoch = probe.epoch
-            if epoch is not None:
-                try:
-                    pool = engine.pool
-                    state = vars(pool).get(STATE_KEY)
-                    if state is None or state.epoch is not epoch:
-                        probe.state_of(pool, engine)
-                except Exception as failure:
-                    probe.guard.failed(failure)
-            return original(engine)
-
-        return raw_connection
-
     def _wrap_connect(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Note who holds what the pool gives out."""
-        probe = self.probe
+        probe, current, now = self.probe, ledger.current.get, perf_counter
 
         def connect(pool: Any) -> Any:
-            epoch = probe.epoch
-            if epoch is None:
-                return original(pool)
-            state = vars(pool).get(STATE_KEY)
-            if state is None or state.epoch is not epoch:
-                try:
-                    state = probe.state_of(pool)
-                except Exception as failure:
-                    probe.guard.failed(failure)
+            state = pool.__dict__.get(STATE_KEY)
+            if state is None or state.epoch is not probe.epoch:
+                state = self._first_sight(pool)
+                if state is None:
                     return original(pool)
             fairy = original(pool)
-            if state is not None:
-                probe.begin_hold(state, fairy)
+            try:
+                if fairy._counter == 1:  # else SingletonThreadPool lent it to this thread already
+                    info = fairy._connection_record.record_info
+                    if HOLD_KEY in info:
+                        probe.end_hold(info[HOLD_KEY])  # StaticPool lends its one connection to all
+                    hold = info[HOLD_KEY] = Hold(state, info, current(), now())
+                    state.held.add(hold)
+            except Exception as failure:
+                probe.guard.failed(failure)
             return fairy
 
         return connect
+
+    def _first_sight(self, pool: Any) -> PoolState | None:
+        """Make a pool known together with its engine, whose URL names it. None while the probe is not bound."""
+        try:
+            if self.probe.epoch is None:
+                return None
+            return self.probe.state_of(pool, _engine_above(sys._getframe(2), pool))
+        except Exception as failure:
+            self.probe.guard.failed(failure)
+            return None
 
     def _wrap_do_get(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Time the wait, up to the moment in which a connection of its own is opened (see ``_wrap_create``)."""
         from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-        probe, who = self.probe, _identify()
+        probe, who, at_once = self.probe, _identify(), _takes_at_once()
 
         def _do_get(pool: Any) -> Any:
-            state = vars(pool).get(STATE_KEY)
+            state = pool.__dict__.get(STATE_KEY)
             if state is None or state.epoch is not probe.epoch:
                 return original(pool)
+            if state.idle:  # on one loop nobody else can take what lies ready: there is no wait to account for
+                state.queue.wait.observe(0.0)
+                return original(pool)
+            if at_once and state.is_asyncio and state.idle is NOT_SEEN:
+                state.idle = _idle_connections(pool)
             me = who()
             waiting = state.waiting
             if me in waiting:  # it calls itself when another one was faster
@@ -153,13 +155,22 @@ class PoolHooks:
 
         return connect
 
-    def _checkin(self, dbapi_connection: Any, record: Any) -> None:
+    def _wrap_checkin(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Note what comes back. A listener to the event of that name would cost twice as much."""
+        end_hold = self.probe.end_hold
+
+        def checkin(record: Any, *args: Any, **kwargs: Any) -> None:
+            hold = record.record_info.get(HOLD_KEY)
+            if hold is not None:
+                end_hold(hold)
+            original(record, *args, **kwargs)
+
+        return checkin
+
+    def _detach(self, dbapi_connection: Any, record: Any) -> None:
         hold: Hold | None = record.record_info.get(HOLD_KEY)
         if hold is not None:
             self.probe.end_hold(hold)
-
-    def _detach(self, dbapi_connection: Any, record: Any) -> None:
-        self._checkin(dbapi_connection, record)
 
     def _invalidate(self, dbapi_connection: Any, record: Any, exception: BaseException | None) -> None:
         state = vars(record._ConnectionRecord__pool).get(STATE_KEY)
@@ -175,3 +186,41 @@ def _identify() -> Callable[[], Any]:
         return threading.get_ident
     identify: Callable[[], Any] = greenlet.getcurrent
     return identify
+
+
+def _engine_above(frame: FrameType | None, pool: Any) -> Any:
+    """Return the engine on whose behalf a pool is asked, None if it is none.
+
+    Asked once per pool: a wrap of ``Engine.raw_connection`` would tell as well, and cost every checkout something.
+    """
+    for _ in range(_FRAMES):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "raw_connection":
+            engine = frame.f_locals.get("self")
+            if getattr(engine, "pool", None) is pool:
+                return engine
+        frame = frame.f_back
+    return None
+
+
+def _takes_at_once() -> bool:
+    """Return whether an async pool gives an idle connection without awaiting; SQLAlchemy before 2.1 suspends."""
+    from sqlalchemy.util.queue import AsyncAdaptedQueue
+
+    class Stored:
+        def get_nowait(self) -> bool:
+            return True
+
+    try:
+        queue: Any = AsyncAdaptedQueue()
+        queue.__dict__["_queue"] = Stored()
+        return queue.get(True, None) is True
+    except Exception:  # it asked for what awaits
+        return False
+
+
+def _idle_connections(pool: Any) -> Collection[Any]:
+    """Return the container of an async pool's idle connections, an empty one where it is not what we know."""
+    found = getattr(getattr(pool._pool, "_queue", None), "_queue", ())
+    return found if isinstance(found, Collection) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 from fastapi_headroom import catalog
@@ -16,6 +17,9 @@ STATE_KEY: Final = "_fastapi_headroom"
 """The attribute of a pool that carries its PoolState."""
 HOLD_KEY: Final = "fastapi_headroom.hold"
 """Where a connection record's ``record_info`` keeps its Hold while it is checked out."""
+
+NOT_SEEN: Final[Collection[Any]] = ()
+"""What stands for the idle connections of a pool before its first wait, and for good where they cannot be seen."""
 
 
 class RouteSeries:
@@ -124,7 +128,7 @@ class Counts:
 class PoolState:
     """What is known of one pool object. It hangs on the pool, so that it goes when the pool goes."""
 
-    __slots__ = ("epoch", "held", "is_asyncio", "queue", "series", "waiting")
+    __slots__ = ("epoch", "held", "idle", "is_asyncio", "queue", "series", "waiting")
 
     def __init__(self, epoch: object, series: PoolSeries, queue: QueueSeries | None, is_asyncio: bool) -> None:
         self.epoch = epoch
@@ -132,6 +136,8 @@ class PoolState:
         self.series = series
         self.queue = queue
         self.is_asyncio = is_asyncio
+        self.idle = NOT_SEEN
+        """The pool's own container of idle connections, if it is certain that a checkout takes one without waiting."""
         self.waiting: dict[Any, tuple[float, Ledger | None]] = {}
         """Who waits for a connection (thread or greenlet), since when, and for which request."""
         self.held: set[Hold] = set()

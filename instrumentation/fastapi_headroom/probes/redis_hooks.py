@@ -6,7 +6,7 @@ and ``execute`` of the pipelines, where replies belong to commands by their posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ PIPELINE = "pipeline"
 class RedisHooks:
     """The wraps of one probe."""
 
-    def __init__(self, probe: CacheProbe, patches: Patches) -> None:
+    def __init__(self, probe: CacheProbe, patches: Patches, operations: Mapping[Any, str]) -> None:
+        """``operations`` gives the commands that are known at once the names under which they are timed."""
         self.probe = probe
+        self.operations = operations
         self._patches = patches
 
     def attach(self) -> None:
@@ -49,53 +51,59 @@ class RedisHooks:
         wrap(redis.asyncio.cluster.ClusterPipeline, "execute", self._wrap_async_pipeline)
 
     def _wrap_command(self, original: Any) -> Any:
-        probe = self.probe
+        probe, operations, current, now = self.probe, self.operations, ledger.current.get, perf_counter
 
         @wraps(original)
         def execute_command(client: Any, *args: Any, **options: Any) -> Any:
-            operation = probe.operation(args)
+            try:
+                operation = operations[args[0]] if probe.writer is not None else ""
+            except Exception:  # lower case, bytes, or a command that we do not know
+                operation = probe.operation(args)
             if not operation:
                 return original(client, *args, **options)
-            request = ledger.current.get()
+            request = current()
             if request is not None:
                 request.cache_calls += 1
                 request.enter(CACHE)
-            started = perf_counter()
+            started = now()
             try:
                 reply = original(client, *args, **options)
             except Exception:
-                probe.command_failed(client, operation, args, perf_counter() - started)
+                probe.command_failed(client, operation, args, now() - started)
                 raise
             finally:
                 if request is not None:
                     request.leave(CACHE)
-            probe.command_done(client, operation, args, perf_counter() - started, reply)
+            probe.command_done(client, operation, args, now() - started, reply)
             return reply
 
         return execute_command
 
     def _wrap_async_command(self, original: Any) -> Any:
-        probe = self.probe
+        probe, operations, current, now = self.probe, self.operations, ledger.current.get, perf_counter
 
         @wraps(original)
         async def execute_command(client: Any, *args: Any, **options: Any) -> Any:
-            operation = probe.operation(args)
+            try:
+                operation = operations[args[0]] if probe.writer is not None else ""
+            except Exception:  # lower case, bytes, or a command that we do not know
+                operation = probe.operation(args)
             if not operation:
                 return await original(client, *args, **options)
-            request = ledger.current.get()
+            request = current()
             if request is not None:
                 request.cache_calls += 1
                 request.enter(CACHE)
-            started = perf_counter()
+            started = now()
             try:
                 reply = await original(client, *args, **options)
             except Exception:  # a cancelled command is neither an error of the cache nor an answer
-                probe.command_failed(client, operation, args, perf_counter() - started)
+                probe.command_failed(client, operation, args, now() - started)
                 raise
             finally:
                 if request is not None:
                     request.leave(CACHE)
-            probe.command_done(client, operation, args, perf_counter() - started, reply)
+            probe.command_done(client, operation, args, now() - started, reply)
             return reply
 
         return execute_command

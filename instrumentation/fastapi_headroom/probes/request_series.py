@@ -22,7 +22,6 @@ _BODYLESS: Final = frozenset({"204", "304"})
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
 CLOSE_REASONS: Final = ("normal", "abnormal", "error", "rejected")
-WAIT_STAGES: Final = tuple(stage for stage in range(len(STAGES)) if stage not in (ON_LOOP, OTHER))
 
 Write = Callable[[float], None]
 
@@ -38,8 +37,6 @@ class RouteSeries:
         "first_byte",
         "latency",
         "loop_hold",
-        "on_loop",
-        "other",
         "queries",
         "stages",
     )
@@ -55,8 +52,8 @@ class RouteSeries:
         self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
         self.stages: list[Write | None] = [None] * len(STAGES)
         """The counters of the stages in which the route has had time."""
-        self.on_loop: Write = self.make_stage(ON_LOOP)
-        self.other: Write = self.make_stage(OTHER)
+        self.make_stage(ON_LOOP)
+        self.make_stage(OTHER)
 
     def make_stage(self, stage: int) -> Write:
         """Return the counter of a stage, made when the route first has time there."""

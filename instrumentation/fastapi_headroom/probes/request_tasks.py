@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from asyncio import base_events
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from types import CoroutineType
 from typing import Any
 
@@ -34,7 +34,7 @@ class TaskHook:
         self.detach()
         self._previous = loop.get_task_factory()
         self._loop = loop
-        self._factory = _factory(self._previous or _make_task)
+        self._factory = _factory(self._previous)
         loop.set_task_factory(self._factory)
 
     def detach(self) -> None:
@@ -44,19 +44,9 @@ class TaskHook:
             loop.set_task_factory(self._previous)
 
 
-def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Any:
-    task: Any = asyncio.Task(coroutine, loop=loop, **options)
-    if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
-        while stack and stack[-1].filename == __file__:
-            stack.pop()
-        if stack and stack[-1].filename == base_events.__file__:
-            stack.pop()
-    return task
-
-
 def _driven(coroutine: Any, options: dict[str, Any]) -> Any:
     """Return what a task is to run: the coroutine, driven if it belongs to a request that goes on."""
-    context = options.get("context")
+    context = options.get("context") if options else None
     ledger = current.get() if context is None else context.get(current)
     if ledger is None or ledger.finished:
         return coroutine
@@ -66,21 +56,31 @@ def _driven(coroutine: Any, options: dict[str, Any]) -> Any:
     return coroutine  # what is no coroutine the task refuses, in its own words
 
 
-def _factory(make: Factory) -> Factory:
+def _factory(make: Factory | None) -> Factory:
+
     def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-        return make(loop, _driven(coroutine, options), **options)
+        coroutine = _driven(coroutine, options)
+        if make is not None:
+            return make(loop, coroutine, **options)
+        task: Any = asyncio.Task(coroutine, loop=loop, **options)
+        if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
+            while stack and stack[-1].filename == __file__:
+                stack.pop()
+            if stack and stack[-1].filename == base_events.__file__:
+                stack.pop()
+        return task
 
     return _eager(make) or create
 
 
-def _eager(make: Factory) -> Factory | None:
+def _eager(make: Factory | None) -> Factory | None:
     """Return an eager task factory in place of one, None for any other.
 
     AnyIO recognises an eager factory by its code and has the constructor within make its tasks, because they must
     not start before it knows them: ours has to be recognised as well.
     """
     eager = getattr(asyncio, "eager_task_factory", None)  # Python 3.12 and later
-    if eager is None or getattr(make, "__code__", None) is not eager.__code__:
+    if make is None or eager is None or getattr(make, "__code__", None) is not eager.__code__:
         return None
     construct = inspect.getclosurevars(make).nonlocals["custom_task_constructor"]
 

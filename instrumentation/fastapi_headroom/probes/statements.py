@@ -25,8 +25,11 @@ OPERATIONS: Final = frozenset({
 })  # fmt: skip
 """The values of ``db_operation_name``; any other statement is OTHER."""
 MAX_ERROR_TYPES: Final = 30
+MAX_TEXTS: Final = 1_000
+"""Texts of statements per database system whose series is remembered; SQLAlchemy keeps 500 by default."""
+MAX_TEXT: Final = 10_000
+"""Characters of the longest such text."""
 _SYSTEMS: Final = {"mssql": "microsoft.sql_server", "oracle": "oracle.db"}
-_FAST: Final = {word: word for word in ("SELECT", "INSERT", "UPDATE", "DELETE", "COMMIT")}
 _FIRST_WORD: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*([A-Za-z]+)", re.DOTALL)
 
 
@@ -48,12 +51,13 @@ class Statements:
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.writer: Writer | None = None
-        self._handles: dict[tuple[str, str], Histogram] = {}
+        self._by_text: dict[str, dict[str, Histogram]] = {}
+        """By database system and text: the same text comes again and again, and its hash is known."""
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
 
     def bind(self, writer: Writer | None) -> None:
         """Write to ``writer`` from now on, or nowhere."""
-        self._handles = {}
+        self._by_text = {}
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
         self.writer = writer
 
@@ -70,73 +74,78 @@ class Statements:
         patches.wrap(DefaultDialect, "_do_ping_w_event", self._wrap_ping)
 
     def _wrap_context(self, original: Any) -> Any:
+        current, now, finish = ledger.current.get, perf_counter, self._finish
+
         def execute(connection: Any, dialect: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
             # without autobegin it is the dialect's own look around on a new connection: part of creating it
             if self.writer is None or not connection._allow_autobegin:
                 return original(connection, dialect, context, *args, **kwargs)
-            request = ledger.current.get()
+            request = current()
             if request is not None:
                 request.queries += 1
                 request.enter(DB)
             error = ""
-            started = perf_counter()
+            started = now()
             try:
                 return original(connection, dialect, context, *args, **kwargs)
             except BaseException as raised:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = perf_counter() - started
+                elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
-                sql = context.statement or ""
-                self._finish(connection, _FAST.get(sql[:6]) or operation_name(sql), elapsed, error)
+                finish(connection, context.statement or "", elapsed, error)
 
         return execute
 
     def _wrap_cursor(self, original: Any) -> Any:
+        current, now, finish = ledger.current.get, perf_counter, self._finish
+
         def execute(connection: Any, cursor: Any, statement: str, *args: Any, **kwargs: Any) -> Any:
             if self.writer is None or not connection._allow_autobegin:
                 return original(connection, cursor, statement, *args, **kwargs)
-            request = ledger.current.get()
+            request = current()
             if request is not None:
                 request.queries += 1
                 request.enter(DB)
             error = ""
-            started = perf_counter()
+            started = now()
             try:
                 return original(connection, cursor, statement, *args, **kwargs)
             except BaseException as raised:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = perf_counter() - started
+                elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
-                self._finish(connection, operation_name(statement), elapsed, error)
+                finish(connection, statement, elapsed, error)
 
         return execute
 
     def _wrap_transaction(self, original: Any, operation: str) -> Any:
+        current, now, finish = ledger.current.get, perf_counter, self._finish
+
         def end(connection: Any) -> None:
             if self.writer is None:
                 original(connection)
                 return
-            request = ledger.current.get()
+            request = current()
             if request is not None:
                 request.enter(DB)
             error = ""
-            started = perf_counter()
+            started = now()
             try:
                 original(connection)
             except BaseException as raised:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = perf_counter() - started
+                elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
-                self._finish(connection, operation, elapsed, error)
+                finish(connection, operation, elapsed, error)
 
         return end
 
@@ -153,7 +162,7 @@ class Statements:
 
         return ping
 
-    def _finish(self, connection: Any, operation: str, elapsed: float, error: str) -> None:
+    def _finish(self, connection: Any, text: str, elapsed: float, error: str) -> None:
         try:
             fairy = connection._dbapi_connection
             record = None if fairy is None else fairy._connection_record
@@ -163,14 +172,21 @@ class Statements:
                     hold.busy += elapsed
             system = connection.dialect.name
             if error:
-                self._histogram(system, operation, error).observe(elapsed)
+                self._histogram(system, operation_name(text), error).observe(elapsed)
                 return
-            handle = self._handles.get((system, operation))
-            if handle is None:
-                handle = self._handles[system, operation] = self._histogram(system, operation, "")
-            handle.observe(elapsed)
+            by_text = self._by_text.get(system)
+            handle = None if by_text is None else by_text.get(text)
+            (handle or self._remember(system, text)).observe(elapsed)
         except Exception as failure:
             self.guard.failed(failure)
+
+    def _remember(self, system: str, text: str) -> Histogram:
+        """Return the series of a statement whose text is not known, and know it from now on."""
+        handle = self._histogram(system, operation_name(text), "")
+        by_text = self._by_text.setdefault(system, {})
+        if len(by_text) < MAX_TEXTS and len(text) <= MAX_TEXT:
+            by_text[text] = handle
+        return handle
 
     def _histogram(self, system: str, operation: str, error: str) -> Histogram:
         assert self.writer is not None

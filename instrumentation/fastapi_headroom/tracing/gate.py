@@ -25,6 +25,7 @@ from opentelemetry.instrumentation.propagators import get_global_response_propag
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 
 from fastapi_headroom.settings import sdk_counts_spans
+from fastapi_headroom.tracing.spans import UNSAMPLED
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 log = logging.getLogger("fastapi_headroom")
@@ -38,7 +39,23 @@ _decided: ContextVar[int | None] = ContextVar("fastapi_headroom_trace_id", defau
 
 
 class UnsampledSpan(NonRecordingSpan):
-    """The span of a request that the gate dropped; every span below it is dropped as well."""
+    """The span of a request that the gate dropped; every span below it is dropped as well.
+
+    ``trace_id`` begins a trace of which nothing is recorded: its context is made when somebody asks for it.
+    """
+
+    def __init__(self, context: SpanContext | None, trace_id: int = 0, generator: Any = None) -> None:
+        # Not the base class's, which wants the context.
+        self._made, self._trace_id, self._generator = context, trace_id, generator
+
+    @property
+    def _context(self) -> SpanContext:  # type: ignore[override]
+        context = self._made
+        if context is None:
+            generator = self._generator
+            flags = _RANDOM_FLAGS if _RANDOM and generator.is_trace_id_random() else _NO_FLAGS
+            context = self._made = SpanContext(self._trace_id, generator.generate_span_id(), False, flags)
+        return context
 
 
 class GatedProvider(trace.TracerProvider):
@@ -122,6 +139,7 @@ class Gate:
         if unsampled is None:
             return await self.app(scope, receive, send)
         scope.setdefault("fastapi.telemetry", None)  # FastAPI's own telemetry stands aside, as it does when sampled
+        scope[UNSAMPLED] = True
         token = otel_context.attach(unsampled)
         try:
             await self._untraced(scope, receive, send)
@@ -151,9 +169,8 @@ class Gate:
         if sampled:
             _decided.set(trace_id)
             return None
-        flags = _RANDOM_FLAGS if _RANDOM and generator.is_trace_id_random() else _NO_FLAGS
-        span = UnsampledSpan(SpanContext(trace_id, generator.generate_span_id(), False, flags))
-        return trace.set_span_in_context(span, _ROOT if context is None else context)
+        span = UnsampledSpan(None, trace_id, generator)
+        return Context({_SPAN_KEY: span}) if context is None else trace.set_span_in_context(span, context)
 
     def _below(self, parent: SpanContext, context: Context) -> Context | None:
         """Decide for a request whose caller is part of a trace."""
@@ -182,6 +199,8 @@ class Gate:
 
 
 _ROOT = Context()
+(_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, _ROOT)
+"""Where a context keeps its span."""
 _LOW_64_BITS = (1 << 64) - 1
 _NO_FLAGS = TraceFlags(TraceFlags.DEFAULT)
 _RANDOM_FLAGS = TraceFlags(_RANDOM)

@@ -7,11 +7,13 @@ trace. Nothing of OpenTelemetry is imported here until ``activate`` was called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
 
+UNSAMPLED: Final = "headroom.unsampled"
+"""The key of a scope whose request the gate dropped: who would ask for its trace need not."""
 active: bool = False
 """Whether traces are recorded in this process."""
 _start_span: Callable[..., Span] | None = None
