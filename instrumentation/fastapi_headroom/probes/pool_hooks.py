@@ -102,7 +102,10 @@ class PoolHooks:
             if state is None or state.epoch is not probe.epoch:
                 return original(pool)
             if state.idle:  # on one loop nobody else can take what lies ready: there is no wait to account for
-                state.queue.wait.observe(0.0)
+                try:
+                    state.queue.wait.observe(0.0)
+                except Exception as failure:
+                    probe.guard.failed(failure)
                 return original(pool)
             if at_once and state.is_asyncio and state.idle is NOT_SEEN:
                 state.idle = _idle_connections(pool)
@@ -157,12 +160,15 @@ class PoolHooks:
 
     def _wrap_checkin(self, original: Callable[..., None]) -> Callable[..., None]:
         """Note what comes back. A listener to the event of that name would cost twice as much."""
-        end_hold = self.probe.end_hold
+        end_hold, guard = self.probe.end_hold, self.probe.guard
 
         def checkin(record: Any, *args: Any, **kwargs: Any) -> None:
-            hold = record.record_info.get(HOLD_KEY)
-            if hold is not None:
-                end_hold(hold)
+            try:
+                hold = record.record_info.get(HOLD_KEY)
+                if hold is not None:
+                    end_hold(hold)
+            except Exception as failure:
+                guard.failed(failure)
             original(record, *args, **kwargs)
 
         return checkin
