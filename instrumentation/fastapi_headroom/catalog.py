@@ -232,6 +232,20 @@ POOL_IDLE_HOLD_BY_ROUTE = _counter(
     "Time connections were held while no statement ran on them.",
     "seconds",
 )
+POOL_LONG_HOLDS = _counter(
+    "headroom_pool_long_holds_total",
+    "pool",
+    (_POOL, _ROUTE),
+    "Connections held longer than the threshold, leaked ones among them; the log names where they were checked out.",
+    "connections",
+)
+REPEATED_STATEMENTS = _counter(
+    "headroom_repeated_statements_total",
+    "pool",
+    (_ROUTE,),
+    "Statements that one request ran ten times or more, differing only in their values (N+1); once per request.",
+    "statements",
+)
 DB_OPERATION_DURATION = _histogram(
     "db_client_operation_duration_seconds",
     "pool",

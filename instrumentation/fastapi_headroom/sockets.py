@@ -67,6 +67,18 @@ def seconds_since_data(connection: Any) -> float | None:
 
 def awaited_by(coroutine: Any) -> Any:
     """Return the transport, socket or file descriptor that a suspended coroutine waits for; None if there is none."""
+    for frame in suspended_frames(coroutine)[: -INNERMOST - 1 : -1]:
+        module: str = frame.f_globals.get("__name__", "")
+        find = _FINDERS.get(module) or _FINDERS.get(module.partition(".")[0])
+        if find is not None:
+            found = _connection(find(frame.f_locals))
+            if found is not None:
+                return found
+    return None
+
+
+def suspended_frames(coroutine: Any) -> list[FrameType]:
+    """Return the frames of a suspended coroutine and of those that it awaits, outermost first."""
     frames: list[FrameType] = []
     for _ in range(DEPTH):
         frame = _frame(coroutine)
@@ -75,14 +87,7 @@ def awaited_by(coroutine: Any) -> Any:
         coroutine = _next(coroutine)
         if coroutine is None:
             break
-    for frame in frames[: -INNERMOST - 1 : -1]:
-        module: str = frame.f_globals.get("__name__", "")
-        find = _FINDERS.get(module) or _FINDERS.get(module.partition(".")[0])
-        if find is not None:
-            found = _connection(find(frame.f_locals))
-            if found is not None:
-                return found
-    return None
+    return frames
 
 
 def _frame(coroutine: Any) -> FrameType | None:

@@ -29,6 +29,12 @@ BLOCKING_CALL_SECONDS: Final = 0.01
 LOOP_SATURATED: Final = 0.9
 POOL_WAIT_P95: Final = 0.1
 """Seconds; a bound of W."""
+POOL_IDLE_SHARE: Final = 0.25
+"""Share of a pool's limit that one route may hold while no statement runs."""
+REPEATED_STATEMENTS: Final = 10
+"""Times that one request runs a statement, differing only in values, from which on it is an N+1."""
+REPEATED_RATE: Final = 0.05
+"""Such statements per second of one route from which on they are a habit."""
 CACHE_DROP: Final = 0.5
 """A hit ratio under this share of a day ago's is a fault."""
 CACHE_LOOKUPS_FLOOR: Final = 1.0

@@ -22,6 +22,7 @@ from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.long_holds import LongHolds
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_hooks import PoolHooks
@@ -49,6 +50,7 @@ class PoolProbe:
         self.settings = settings
         self.guard = Guard(self.name)
         self.statements = Statements(self.guard)
+        self.long_holds = LongHolds(settings.hold_threshold)
         self.epoch: object | None = None
         """The current run, None while not bound. After a fork what was made in the parent is of another epoch."""
         self._writer: Writer | None = None
@@ -88,6 +90,7 @@ class PoolProbe:
         self._series = {}
         self.guard.bind(writer)
         self.statements.bind(writer)
+        self.long_holds.rearm()
         self.epoch = object()
         self._hook()
         for engine in list(self._engines):
@@ -121,7 +124,7 @@ class PoolProbe:
                 hold.info.pop(HOLD_KEY, None)
 
     def sample(self) -> None:
-        """Write the gauges of all pools."""
+        """Write the gauges of all pools, and look for connections that are held for long."""
         if self._writer is None:
             return
         self._hook()
@@ -134,13 +137,16 @@ class PoolProbe:
         current = {id(engine.pool) for engine in engines}
         owned = {id(engine.dialect) for engine in engines}
         totals = {series.name: Counts() for series in list(self._series.values())}
+        states = []
         for pool in pools:
             state: PoolState | None = vars(pool).get(STATE_KEY)
             if state is not None and state.epoch is self.epoch:
+                states.append(state)
                 live = id(pool) in current or id(pool._dialect) not in owned
                 totals.setdefault(state.series.name, Counts()).add(pool, state, current=live)
         for name, counts in totals.items():
             self._series[name].write(counts)
+        self.long_holds.look(states)
 
     def state_of(self, pool: Any, engine: Any = None) -> PoolState | None:
         """Return the state that hangs on ``pool``, made at its first sight. None while not bound."""
@@ -199,5 +205,7 @@ class PoolProbe:
             idle = seconds - hold.busy
             if idle > 0.0:
                 route.idle_hold.inc(idle)
+            if seconds >= self.long_holds.threshold:
+                self.long_holds.count(hold)
         except Exception as failure:
             self.guard.failed(failure)

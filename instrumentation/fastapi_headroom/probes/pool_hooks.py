@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_headroom import ledger
+from fastapi_headroom.probes.checkout_site import checkout_site, holder_of
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_series import HOLD_KEY, NOT_SEEN, STATE_KEY, Hold, PoolState
 
@@ -59,7 +60,7 @@ class PoolHooks:
 
     def _wrap_connect(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Note who holds what the pool gives out."""
-        probe, current, now = self.probe, ledger.current.get, perf_counter
+        probe, current, now, greenlet = self.probe, ledger.current.get, perf_counter, _current_greenlet()
 
         def connect(pool: Any) -> Any:
             state = pool.__dict__.get(STATE_KEY)
@@ -73,7 +74,9 @@ class PoolHooks:
                     info = fairy._connection_record.record_info
                     if HOLD_KEY in info:
                         probe.end_hold(info[HOLD_KEY])  # StaticPool lends its one connection to all
-                    hold = info[HOLD_KEY] = Hold(state, info, current(), now())
+                    is_asyncio = state.is_asyncio
+                    site = checkout_site(greenlet() if is_asyncio else None, 2)
+                    hold = info[HOLD_KEY] = Hold(state, info, current(), now(), site, holder_of(is_asyncio))
                     state.held.add(hold)
             except Exception as failure:
                 probe.guard.failed(failure)
@@ -182,6 +185,16 @@ class PoolHooks:
         state = vars(record._ConnectionRecord__pool).get(STATE_KEY)
         if state is not None and state.epoch is self.probe.epoch:
             state.series.invalidations.inc()
+
+
+def _current_greenlet() -> Callable[[], Any]:
+    """Return the function that gives the greenlet that runs; None where there are none, and so no async engines."""
+    try:
+        greenlet: Any = importlib.import_module("greenlet")
+    except ImportError:
+        return lambda: None
+    current: Callable[[], Any] = greenlet.getcurrent
+    return current
 
 
 def _identify() -> Callable[[], Any]:

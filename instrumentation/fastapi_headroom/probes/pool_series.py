@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.probes.checkout_site import Holder, Site
 from fastapi_headroom.store.writer import Counter, Gauge, Histogram, Writer
 
 OUTSIDE: Final = "_outside"
@@ -25,12 +26,13 @@ NOT_SEEN: Final[Collection[Any]] = ()
 class RouteSeries:
     """The counters of one pool and one route."""
 
-    __slots__ = ("hold", "idle_hold", "wait")
+    __slots__ = ("hold", "idle_hold", "long_holds", "wait")
 
     def __init__(self, writer: Writer, pool: str, route: str) -> None:
         self.wait: Counter = writer.counter(catalog.POOL_WAIT_BY_ROUTE, pool, route)
         self.hold: Counter = writer.counter(catalog.POOL_HOLD_BY_ROUTE, pool, route)
         self.idle_hold: Counter = writer.counter(catalog.POOL_IDLE_HOLD_BY_ROUTE, pool, route)
+        self.long_holds: Counter = writer.counter(catalog.POOL_LONG_HOLDS, pool, route)
 
 
 class QueueSeries:
@@ -153,12 +155,24 @@ class PoolState:
 class Hold:
     """One connection that is checked out."""
 
-    __slots__ = ("busy", "info", "ledger", "started", "state")
+    __slots__ = ("busy", "counted", "holder", "info", "ledger", "site", "started", "state")
 
-    def __init__(self, state: PoolState, info: dict[Any, Any], ledger: Ledger | None, started: float) -> None:
+    def __init__(
+        self,
+        state: PoolState,
+        info: dict[Any, Any],
+        ledger: Ledger | None,
+        started: float,
+        site: Site = (),
+        holder: Holder = None,
+    ) -> None:
         self.state = state
         self.info = info
         self.ledger = ledger
         self.started = started
+        self.site = site
+        self.holder = holder
         self.busy = 0.0
         """Seconds that statements ran on it."""
+        self.counted = False
+        """Whether it was counted as a long one."""

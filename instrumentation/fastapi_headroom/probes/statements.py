@@ -11,12 +11,14 @@ from time import perf_counter
 from typing import Any, Final
 
 from fastapi_headroom import catalog, ledger
-from fastapi_headroom.ledger import DB
+from fastapi_headroom.ledger import DB, Ledger
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_series import HOLD_KEY
+from fastapi_headroom.probes.repeats import LAST, Repeats
 from fastapi_headroom.store.writer import Histogram, Writer
+from fastapi_headroom.thresholds import REPEATED_STATEMENTS
 
 OPERATIONS: Final = frozenset({
     "SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "VALUES", "CALL", "EXECUTE", "COPY",
@@ -51,6 +53,7 @@ class Statements:
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.writer: Writer | None = None
+        self.repeats = Repeats()
         self._by_text: dict[str, dict[str, Histogram]] = {}
         """By database system and text: the same text comes again and again, and its hash is known."""
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
@@ -59,6 +62,7 @@ class Statements:
         """Write to ``writer`` from now on, or nowhere."""
         self._by_text = {}
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
+        self.repeats.bind(writer)
         self.writer = writer
 
     def attach(self, patches: Patches) -> None:
@@ -74,7 +78,7 @@ class Statements:
         patches.wrap(DefaultDialect, "_do_ping_w_event", self._wrap_ping)
 
     def _wrap_context(self, original: Any) -> Any:
-        current, now, finish = ledger.current.get, perf_counter, self._finish
+        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self._repeated
 
         def execute(connection: Any, dialect: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
             # without autobegin it is the dialect's own look around on a new connection: part of creating it
@@ -93,14 +97,19 @@ class Statements:
                 raise
             finally:
                 elapsed = now() - started
+                text = context.statement or ""
                 if request is not None:
                     request.leave(DB)
-                finish(connection, context.statement or "", elapsed, error)
+                    if request.queries < REPEATED_STATEMENTS:
+                        request.texts = (text, request.texts)
+                    elif request.queries <= LAST:
+                        repeated(request, text, dialect.name)
+                finish(connection, text, elapsed, error)
 
         return execute
 
     def _wrap_cursor(self, original: Any) -> Any:
-        current, now, finish = ledger.current.get, perf_counter, self._finish
+        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self._repeated
 
         def execute(connection: Any, cursor: Any, statement: str, *args: Any, **kwargs: Any) -> Any:
             if self.writer is None or not connection._allow_autobegin:
@@ -120,6 +129,10 @@ class Statements:
                 elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
+                    if request.queries < REPEATED_STATEMENTS:
+                        request.texts = (statement, request.texts)
+                    elif request.queries <= LAST:
+                        repeated(request, statement, connection.dialect.name)
                 finish(connection, statement, elapsed, error)
 
         return execute
@@ -161,6 +174,12 @@ class Statements:
                 request.leave(DB)
 
         return ping
+
+    def _repeated(self, request: Ledger, text: str, system: str) -> None:
+        try:
+            self.repeats.note(request, text, system)
+        except Exception as failure:
+            self.guard.failed(failure)
 
     def _finish(self, connection: Any, text: str, elapsed: float, error: str) -> None:
         try:
