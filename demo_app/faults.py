@@ -23,6 +23,8 @@ class Fault:
     name: str
     what: str
     alerts: tuple[str, ...]
+    stops: str = ""
+    """The part of the stack that is stopped while the fault is on: whoever runs the stack does it."""
 
 
 FAULTS = {
@@ -32,6 +34,27 @@ FAULTS = {
             "pool_exhaustion",
             "orders keep their database connection while they wait for a slow outside call",
             ("HeadroomPoolExhausted", "HeadroomPoolWait"),
+        ),
+        Fault(
+            "held_idle",
+            "looks at an order keep their database connection over an outside call of 1.6 s",
+            ("HeadroomConnectionsHeldIdle",),
+        ),
+        Fault(
+            "slow_database",
+            "every page of a list takes the database 0.7 s more, as without its index",
+            ("HeadroomLatencyBudgetBurn",),
+        ),
+        Fault(
+            "database_down",
+            "PostgreSQL is stopped in the middle of its work, and started again when the fault is healed",
+            ("HeadroomErrorBudgetBurn",),
+            stops="postgres",
+        ),
+        Fault(
+            "n_plus_one",
+            "the list of users reads the posts of each user by a statement of its own",
+            ("HeadroomQueriesPerRequestHigh",),
         ),
         Fault(
             "loop_block",

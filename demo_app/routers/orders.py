@@ -34,6 +34,7 @@ async def get_order(order_id: int, session: SessionDep) -> OrderDetails:
     await _track_parcels()
     order = await _load(order_id, session)
     await _ask_carrier()
+    await _ask_for_position()
     return OrderDetails.model_validate(order)
 
 
@@ -85,6 +86,12 @@ async def _ask_carrier() -> None:
     """Wait for an outside service while a connection is held, as the fault ``pool_exhaustion`` does."""
     if strikes("pool_exhaustion"):
         await asyncio.sleep(4.0)
+
+
+async def _ask_for_position() -> None:
+    """Wait for an outside service between the statements and the end of the session: the fault ``held_idle``."""
+    if strikes("held_idle"):
+        await asyncio.sleep(1.6)
 
 
 async def _track_parcels() -> None:

@@ -25,7 +25,19 @@ router = APIRouter(prefix="/users", tags=["users"], dependencies=[Depends(_fail_
 @router.get("")
 async def list_users(session: SessionDep, paging: PagingDep) -> Page[UserWithPosts]:
     """List users with their posts: two statements, however many users (``selectinload``)."""
+    if strikes("n_plus_one"):
+        return await _read_one_by_one(session, paging)
     return await page_of(session, select(User).options(selectinload(User.posts)), User.id, paging, UserWithPosts)
+
+
+async def _read_one_by_one(session: SessionDep, paging: PagingDep) -> Page[UserWithPosts]:
+    """Read each user's posts by a statement of its own, as the fault ``n_plus_one`` does."""
+    page = await page_of(session, select(User), User.id, paging, UserOut)
+    users = []
+    for user in page.items:
+        posts = await session.scalars(select(Post).where(Post.user_id == user.id))
+        users.append(UserWithPosts(**user.model_dump(), posts=[PostOut.model_validate(post) for post in posts]))
+    return Page(items=users, next_after=page.next_after)
 
 
 @router.get("/{user_id}")

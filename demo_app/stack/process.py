@@ -71,9 +71,11 @@ class Process:
         self.cwd, self.env, self.user = cwd, env, user
         self.ready, self.stop_signal, self.grace = ready, stop_signal, grace
         self.child: subprocess.Popen[bytes] | None = None
+        self.halted = False
 
     def start(self, timeout: float = 30.0) -> None:
         """Start and wait until ready. Call it on the main thread: the child dies with the thread that made it."""
+        self.halted = False
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self.child = subprocess.Popen(
@@ -116,6 +118,11 @@ class Process:
         """Return the last lines of the log."""
         text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+    def halt(self) -> None:
+        """End the process for a while: ``start`` goes on with the data that it has. Idempotent."""
+        self.halted = True
+        Process.stop(self)
 
     def stop(self) -> None:
         """End the process and its whole group. Idempotent."""

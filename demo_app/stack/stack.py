@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from demo_app.faults import Switches
+from demo_app.faults import FAULTS, Switches
 from demo_app.stack import config
 from demo_app.stack.grafana import HOW_TO_GET_IT, Grafana, find_grafana
 from demo_app.stack.process import Process, ProcessError, accepts, free_port, wait_until
@@ -73,9 +73,14 @@ class Stack:
         self._say("all parts are up, and Prometheus has their numbers")
 
     def check(self) -> None:
-        """Raise ProcessError when a part has ended by itself."""
+        """Do what faults do to parts; raise ProcessError when a part has ended by itself."""
+        stopped = {FAULTS[name].stops for name in self.switches.all_on()}
         for part in self.parts:
-            if not part.running:
+            if part.name in stopped:
+                part.halt()
+            elif part.halted:
+                part.start()
+            if not part.running and not part.halted:
                 status = part.child.returncode if part.child else "?"
                 raise ProcessError(f"{part.name} has ended (status {status}); its last lines:\n{part.tail()}")
 

@@ -17,7 +17,6 @@ by the thread that runs them; every operation on it is one that the interpreter 
 
 from __future__ import annotations
 
-from collections import Counter
 from contextvars import ContextVar
 from time import perf_counter
 from typing import Any, Final
@@ -57,7 +56,7 @@ class Ledger:
 
     ``route`` is the route's template, empty until the router has matched, and ``prefix`` the templates of the
     mounts on the way there. ``queries`` and ``cache_calls`` are counted by the probes that see them. ``trace``
-    belongs to tracing, ``texts`` and ``repeats`` (the first statements, and how often each ran) to the pool probe.
+    belongs to tracing, ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to the pool probe.
     """
 
     __slots__ = (
@@ -68,9 +67,9 @@ class Ledger:
         "method",
         "prefix",
         "queries",
-        "repeats",
         "route",
         "seconds",
+        "shapes",
         "started",
         "stepping",
         "texts",
@@ -86,7 +85,7 @@ class Ledger:
         self.queries = 0
         self.cache_calls = 0
         self.texts: tuple[str, Any] | None = None
-        self.repeats: Counter[str] | None = None
+        self.shapes: dict[str, Any] | None = None
         self.trace: tuple[int, int] | None = None
         self.started = perf_counter() if started is None else started
         """When the app was called."""

@@ -32,6 +32,20 @@ def _exhausted() -> str:
     return f"{promql.by('sum', LABELS, promql.increase(catalog.POOL_TIMEOUTS, '5m'))} > 0\nand {at_limit}"
 
 
+def _held_idle() -> str:
+    labels = (*LABELS, "http_route")
+    idle = promql.by("sum", labels, promql.rate(catalog.POOL_IDLE_HOLD_BY_ROUTE, "5m"))
+    limit = promql.by("sum", LABELS, promql.highest(catalog.POOL_MAX, "5m"))
+    share = promql.number(thresholds.POOL_IDLE_SHARE)
+    return f"{idle}\n/ on ({', '.join(LABELS)}) group_left ()\n{limit}\n> {share}"
+
+
+def _repeated() -> str:
+    labels = ("job", "instance", "http_route")
+    found = promql.by("sum", labels, promql.rate(catalog.REPEATED_STATEMENTS, "5m"))
+    return f"{found} > {promql.number(thresholds.REPEATED_RATE)}"
+
+
 RULES = (
     Rule(
         name="PoolWait",
@@ -60,6 +74,34 @@ RULES = (
         ),
         board=UID,
         variables=LINK,
+    ),
+    Rule(
+        name="ConnectionsHeldIdle",
+        expression=_held_idle(),
+        severity="warning",
+        pending="5m",
+        summary="A route keeps database connections while it runs no statement.",
+        description=(
+            "{{ $labels.job }} ({{ $labels.instance }}): {{ $labels.http_route }} holds "
+            f"{{{{ $value | humanizePercentage }}}} of pool {{{{ $labels.{POOL} }}}} without using it, say over a call "
+            "to another service."
+        ),
+        board=UID,
+        variables=LINK,
+    ),
+    Rule(
+        name="QueriesPerRequestHigh",
+        expression=_repeated(),
+        severity="warning",
+        pending="5m",
+        summary="Requests run the same statement again and again (N+1).",
+        description=(
+            "{{ $labels.job }} ({{ $labels.instance }}): on {{ $labels.http_route }} one statement is run "
+            f"{thresholds.REPEATED_STATEMENTS} times or more within a request, "
+            '{{ $value | printf "%.2f" }} times per second; the log names the statement and the line.'
+        ),
+        board=UID,
+        variables=INSTANCE,
     ),
 )
 
@@ -260,6 +302,38 @@ def _routes_row() -> Row:
     )
 
 
+def _habits_row() -> Row:
+    return Row(
+        "Which code is it? The log names the line",
+        across(
+            8,
+            panels.lines(
+                "Held for long, by route",
+                (
+                    "Which routes keep a connection beyond the threshold, or never give it back? The log has a record "
+                    "of each place: where it was checked out, and where its holder stands."
+                ),
+                "ops",
+                Query(_by_route(catalog.POOL_LONG_HOLDS), "{{http_route}}"),
+                legend="table",
+            ),
+            panels.lines(
+                "Repeated statements (N+1), by route",
+                (
+                    f"In which routes does one request run one statement {thresholds.REPEATED_STATEMENTS} times or "
+                    "more? The log has the statement's shape and the line that runs it."
+                ),
+                "ops",
+                Query(
+                    promql.top(promql.by("sum", ("http_route",), promql.flow(catalog.REPEATED_STATEMENTS))),
+                    "{{http_route}}",
+                ),
+                legend="table",
+            ),
+        ),
+    )
+
+
 def _details_row() -> Row:
     operation = "db_operation_name"
     return Row(
@@ -345,6 +419,6 @@ def render() -> str:
         UID,
         "Headroom / Database pool",
         "Do requests wait for database connections, who holds them, and is it the pool or the database?",
-        (_first_row(), _limits_row(), _routes_row(), _details_row()),
+        (_first_row(), _limits_row(), _routes_row(), _habits_row(), _details_row()),
         (Variable("pool", catalog.POOL_MAX, POOL, "Pool"),),
     )

@@ -8,7 +8,7 @@ when somebody asks.
 from __future__ import annotations
 
 import sys
-from asyncio import Task, current_task
+from asyncio import current_task
 from collections.abc import Iterable
 from sys import _getframe
 from threading import get_ident
@@ -21,6 +21,8 @@ from fastapi_headroom.sockets import suspended_frames
 
 FRAMES: Final = 24
 """Frames among which the user's are looked for: a synchronous session's own take about a dozen."""
+_NEAREST: Final = 4
+"""Frames above ``_begin`` from which on the user's may begin: below are the hook's and ``Engine.raw_connection``."""
 KEPT: Final = 2
 """The innermost of the user's frames that are kept: the one that asks for a connection and its caller."""
 UNKNOWN: Final = "unknown"
@@ -43,18 +45,19 @@ class _Owners(dict[str, Owner]):
 _owners: Final = _Owners()
 
 
-def checkout_site(greenlet: Any, depth: int) -> Site:
+def checkout_site(greenlet: Any, state: Any) -> Site:
     """Return where the user's code asked for a connection; empty when that is too far away. Costs about 1 us.
 
     ``greenlet`` is the one that runs the synchronous part of an async engine: the user's code is below it, in the
-    frames of its parent. None for a sync engine, whose frames begin ``depth`` above the caller's.
+    frames of its parent. None for a sync engine; ``state.depth`` is how far away the user's code was the last
+    time, 0 if that is unknown.
     """
     frame: FrameType | None = None
     if greenlet is not None:
         parent = greenlet.parent
         frame = None if parent is None else parent.gr_frame
     if frame is None:
-        frame = _getframe(depth + 1)
+        frame = _begin(state)
     found: Site = ()
     owners = _owners
     for _ in range(FRAMES):
@@ -70,6 +73,40 @@ def checkout_site(greenlet: Any, depth: int) -> Site:
         if frame is None:
             break
     return found
+
+
+def _begin(state: Any) -> FrameType:
+    """Return the frame from which on the user's are looked for.
+
+    A session has a dozen frames of its own, and each look makes an object of a frame: they are stepped over to where
+    the user's code began the last time, if it begins there now, or one further.
+    """
+    owners, depth = _owners, state.depth
+    if depth:
+        try:
+            frame = _getframe(depth)
+            if owners[frame.f_code.co_filename] == "user":
+                inner = _getframe(depth - 1)
+                while owners[inner.f_code.co_filename] == "user":
+                    frame, depth = inner, depth - 1
+                    inner = _getframe(depth - 1)
+                state.depth = depth
+                return frame
+            outer = frame.f_back
+            if outer is not None and owners[outer.f_code.co_filename] == "user":
+                state.depth = depth + 1
+                return outer
+        except ValueError:  # the stack is not that deep
+            pass
+    first = found = _getframe(_NEAREST)
+    for depth in range(_NEAREST, FRAMES):
+        if owners[found.f_code.co_filename] == "user":
+            state.depth = depth
+            return found
+        if found.f_back is None:
+            break
+        found = found.f_back
+    return first
 
 
 def holder_of(is_asyncio: bool) -> Holder:

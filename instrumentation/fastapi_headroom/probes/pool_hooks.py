@@ -75,7 +75,7 @@ class PoolHooks:
                     if HOLD_KEY in info:
                         probe.end_hold(info[HOLD_KEY])  # StaticPool lends its one connection to all
                     is_asyncio = state.is_asyncio
-                    site = checkout_site(greenlet() if is_asyncio else None, 2)
+                    site = checkout_site(greenlet() if is_asyncio else None, state)
                     hold = info[HOLD_KEY] = Hold(state, info, current(), now(), site, holder_of(is_asyncio))
                     state.held.add(hold)
             except Exception as failure:

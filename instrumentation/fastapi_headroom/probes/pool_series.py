@@ -117,7 +117,7 @@ class Counts:
             # its queue is made at first use by the event loop; asking for its size from here would make a second one
             idle = 0
         else:
-            idle = pool.checkedin()
+            idle = _idle(pool)
         self.idle += idle
         self.overflow += max(0, pool.overflow())
         size = pool.size()
@@ -127,10 +127,19 @@ class Counts:
             self.maximum += size + pool._max_overflow
 
 
+def _idle(pool: Any) -> int:
+    """Return how many connections lie open in a pool. A place whose connection was closed as broken is kept as well."""
+    queue = getattr(pool._pool, "_queue", pool._pool)  # an asyncio queue within SQLAlchemy's
+    places = getattr(queue, "_queue", None) or getattr(queue, "queue", None)
+    if places is None:
+        return int(pool.checkedin())
+    return sum(1 for record in list(places) if record.dbapi_connection is not None)
+
+
 class PoolState:
     """What is known of one pool object. It hangs on the pool, so that it goes when the pool goes."""
 
-    __slots__ = ("epoch", "held", "idle", "is_asyncio", "queue", "series", "waiting")
+    __slots__ = ("depth", "epoch", "held", "idle", "is_asyncio", "queue", "series", "waiting")
 
     def __init__(self, epoch: object, series: PoolSeries, queue: QueueSeries | None, is_asyncio: bool) -> None:
         self.epoch = epoch
@@ -142,6 +151,8 @@ class PoolState:
         """The pool's own container of idle connections, if it is certain that a checkout takes one without waiting."""
         self.waiting: dict[Any, tuple[float, Ledger | None]] = {}
         """Who waits for a connection (thread or greenlet), since when, and for which request."""
+        self.depth = 0
+        """See ``checkout_site``."""
         self.held: set[Hold] = set()
         """The connections that are checked out."""
 

@@ -6,16 +6,15 @@ Up to the tenth statement of a request a hook only remembers the texts; nothing 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.checkout_site import frames_here, named
 from fastapi_headroom.probes.pool_series import UNMATCHED
 from fastapi_headroom.probes.shape import shape_of
-from fastapi_headroom.store.writer import Counter as Series
-from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.store.writer import Counter, Writer
 from fastapi_headroom.thresholds import REPEATED_STATEMENTS
 
 log = logging.getLogger("fastapi_headroom")
@@ -26,12 +25,23 @@ MAX_TOLD: Final = 200
 """Pairs of route and shape that are told in the log; all are counted."""
 
 
+class Seen:
+    """How often a request has run the statements of one shape."""
+
+    __slots__ = ("shape", "times")
+
+    def __init__(self, shape: str) -> None:
+        self.shape = shape
+        self.times = 0
+
+
 class Repeats:
     """Counts the statements of requests that have run at least REPEATED_STATEMENTS of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._writer: Writer | None = None
-        self._series: dict[str, Series] = {}
+        self._series: dict[str, Counter] = {}
         self._told: set[tuple[str, str]] = set()
 
     def bind(self, writer: Writer | None) -> None:
@@ -39,20 +49,23 @@ class Repeats:
         self._writer = writer
         self._series = {}
 
-    def note(self, request: Ledger, text: str, system: str) -> None:
-        """Take note of a statement that ran, the request's REPEATED_STATEMENTS-th or a later one."""
-        counts = request.repeats
-        if counts is None:
-            counts = request.repeats = Counter()
-            earlier = request.texts
-            while earlier is not None:
-                counts[shape_of(earlier[0], system)] += 1
-                earlier = earlier[1]
-            request.texts = None
-        shape = shape_of(text, system)
-        counts[shape] += 1
-        if counts[shape] == REPEATED_STATEMENTS:
-            self._found(request, shape)
+    def note(self, request: Ledger, text: str, dialect: Any) -> None:
+        """Take note of a statement that ran, the request's REPEATED_STATEMENTS-th or a later one. Never raises."""
+        try:
+            shapes = request.shapes
+            if shapes is None:
+                shapes = request.shapes = {}
+                earlier = request.texts
+                request.texts = None
+                while earlier is not None:
+                    _seen(shapes, earlier[0], dialect.name).times += 1
+                    earlier = earlier[1]
+            seen = shapes.get(text) or _seen(shapes, text, dialect.name)
+            seen.times += 1
+            if seen.times == REPEATED_STATEMENTS:
+                self._found(request, seen.shape)
+        except Exception as failure:
+            self._guard.failed(failure)
 
     def _found(self, request: Ledger, shape: str) -> None:
         if self._writer is None:
@@ -70,3 +83,12 @@ class Repeats:
             "at %s: %s; load the rows at once: selectinload() or joinedload() for a relationship, else WHERE ... IN",
             *(route, REPEATED_STATEMENTS, named(frames_here()) or "unknown", shape),
         )
+
+
+def _seen(shapes: dict[str, Seen], text: str, system: str) -> Seen:
+    """Return what is kept of a text's shape: the same object for every text of that shape."""
+    seen = shapes.get(text)
+    if seen is None:
+        shape = shape_of(text, system)
+        seen = shapes[text] = shapes.setdefault(shape, Seen(shape))
+    return seen

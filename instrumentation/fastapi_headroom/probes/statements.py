@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, Final
 
 from fastapi_headroom import catalog, ledger
-from fastapi_headroom.ledger import DB, Ledger
+from fastapi_headroom.ledger import DB
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
@@ -53,7 +53,7 @@ class Statements:
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.writer: Writer | None = None
-        self.repeats = Repeats()
+        self.repeats = Repeats(guard)
         self._by_text: dict[str, dict[str, Histogram]] = {}
         """By database system and text: the same text comes again and again, and its hash is known."""
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
@@ -78,7 +78,8 @@ class Statements:
         patches.wrap(DefaultDialect, "_do_ping_w_event", self._wrap_ping)
 
     def _wrap_context(self, original: Any) -> Any:
-        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self._repeated
+        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self.repeats.note
+        many, last = REPEATED_STATEMENTS, LAST
 
         def execute(connection: Any, dialect: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
             # without autobegin it is the dialect's own look around on a new connection: part of creating it
@@ -100,16 +101,17 @@ class Statements:
                 text = context.statement or ""
                 if request is not None:
                     request.leave(DB)
-                    if request.queries < REPEATED_STATEMENTS:
+                    if request.queries < many:  # now: others may have run at the same time
                         request.texts = (text, request.texts)
-                    elif request.queries <= LAST:
-                        repeated(request, text, dialect.name)
+                    elif request.queries <= last:
+                        repeated(request, text, dialect)
                 finish(connection, text, elapsed, error)
 
         return execute
 
     def _wrap_cursor(self, original: Any) -> Any:
-        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self._repeated
+        current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self.repeats.note
+        many, last = REPEATED_STATEMENTS, LAST
 
         def execute(connection: Any, cursor: Any, statement: str, *args: Any, **kwargs: Any) -> Any:
             if self.writer is None or not connection._allow_autobegin:
@@ -129,10 +131,10 @@ class Statements:
                 elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
-                    if request.queries < REPEATED_STATEMENTS:
+                    if request.queries < many:  # now: others may have run at the same time
                         request.texts = (statement, request.texts)
-                    elif request.queries <= LAST:
-                        repeated(request, statement, connection.dialect.name)
+                    elif request.queries <= last:
+                        repeated(request, statement, connection.dialect)
                 finish(connection, statement, elapsed, error)
 
         return execute
@@ -174,12 +176,6 @@ class Statements:
                 request.leave(DB)
 
         return ping
-
-    def _repeated(self, request: Ledger, text: str, system: str) -> None:
-        try:
-            self.repeats.note(request, text, system)
-        except Exception as failure:
-            self.guard.failed(failure)
 
     def _finish(self, connection: Any, text: str, elapsed: float, error: str) -> None:
         try:
