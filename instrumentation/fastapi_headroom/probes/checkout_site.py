@@ -8,7 +8,7 @@ when somebody asks.
 from __future__ import annotations
 
 import sys
-from asyncio import current_task
+from asyncio import Task, current_task
 from collections.abc import Iterable
 from sys import _getframe
 from threading import get_ident
@@ -28,7 +28,7 @@ KEPT: Final = 2
 UNKNOWN: Final = "unknown"
 Site = tuple[tuple[CodeType, int], ...]
 """Code and instruction of the user's frames, innermost first."""
-Holder = ref["Task[Any]"] | int | None
+Holder = ref[Task[Any]] | int | None
 """The task that holds a connection, or the thread. A reference to the task would keep alive what it has forgotten."""
 
 
