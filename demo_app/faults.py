@@ -37,7 +37,7 @@ FAULTS = {
         ),
         Fault(
             "held_idle",
-            "looks at an order keep their database connection over an outside call of 1.6 s",
+            "looks at an order keep their database connection over an outside call of 2.4 s",
             ("HeadroomConnectionsHeldIdle",),
         ),
         Fault(

@@ -91,7 +91,7 @@ async def _ask_carrier() -> None:
 async def _ask_for_position() -> None:
     """Wait for an outside service between the statements and the end of the session: the fault ``held_idle``."""
     if strikes("held_idle"):
-        await asyncio.sleep(1.6)
+        await asyncio.sleep(2.4)
 
 
 async def _track_parcels() -> None:

@@ -22,8 +22,9 @@ from demo_app.__main__ import main
 from demo_app.stack import config, packages
 from demo_app.stack.grafana import Grafana, find_grafana
 from demo_app.stack.packages import PackagesMissingError, ensure_packages
-from demo_app.stack.process import wait_until
+from demo_app.stack.process import Process, ProcessError, wait_until
 from demo_app.stack.servers import MissingBinaryError
+from demo_app.stack.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,28 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Demo]]:
         for line in demo.left():
             os.kill(int(line.split()[0]), signal.SIGKILL)
         demo.runner.wait()
+
+
+def test_a_fault_stops_its_part_and_healing_starts_it_again(tmp_path: Path) -> None:
+    """While ``database_down`` is on its part does not run and nobody takes that for a failure; then it runs again."""
+    stack = Stack(tmp_path, scale=1.0, say=lambda _: None)
+    part = Process("postgres", ["sleep", "60"], log=tmp_path / "log")
+    stack.parts.append(part)
+    part.start()
+    try:
+        stack.switches.set("database_down", True)
+        stack.check()
+        assert not part.running
+        stack.check()
+        stack.switches.set("database_down", False)
+        stack.check()
+        assert part.running
+        os.kill(part.pid, signal.SIGKILL)
+        wait_until(lambda: not part.running, 5, "the end")
+        with pytest.raises(ProcessError, match="postgres has ended"):
+            stack.check()
+    finally:
+        stack.stop()
 
 
 def test_ctrl_c_ends_all_parts(start: Callable[[], Demo]) -> None:

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Final
 
 from fastapi_headroom.probes.checkout_site import described, key, where_now
-from fastapi_headroom.probes.pool_series import OUTSIDE, Hold, PoolState
+from fastapi_headroom.probes.pool_series import OUTSIDE, UNMATCHED, Hold, PoolState
 
 log = logging.getLogger("fastapi_headroom")
 
@@ -57,7 +57,7 @@ class LongHolds:
 
     def _tell(self, hold: Hold, seconds: float) -> None:
         pool = hold.state.series.name
-        route = OUTSIDE if hold.ledger is None else hold.ledger.route
+        route = OUTSIDE if hold.ledger is None else hold.ledger.route or UNMATCHED
         place, now = (pool, route, key(hold.site)), time.monotonic()
         self._told = {known: at for known, at in self._told.items() if now - at < LOG_INTERVAL}
         if place in self._told or len(self._told) >= MAX_PLACES:
