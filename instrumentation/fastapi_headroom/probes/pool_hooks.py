@@ -113,6 +113,10 @@ class PoolHooks:
             waiting = state.waiting
             if me in waiting:  # it calls itself when another one was faster
                 return original(pool)
+            try:
+                state.queue.demand.observe(len(state.held) + len(waiting))
+            except Exception as failure:
+                probe.guard.failed(failure)
             request = ledger.current.get()
             if request is not None:
                 request.enter(ledger.POOL_WAIT)
