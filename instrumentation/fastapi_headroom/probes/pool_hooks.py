@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_series import HOLD_KEY, NOT_SEEN, STATE_KEY, Hold, PoolState
+from fastapi_headroom.probes.pool_server import PoolServer
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.pool import PoolProbe
@@ -31,6 +32,7 @@ class PoolHooks:
             ("detach", self._detach),
             ("invalidate", self._invalidate),
             ("soft_invalidate", self._invalidate),
+            ("connect", PoolServer(probe).connected),
         )
 
     def attach(self) -> None:
