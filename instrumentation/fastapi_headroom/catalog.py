@@ -242,6 +242,14 @@ POOL_DEMAND = _histogram(
     DEMANDS,
     "connections",
 )
+POOL_WORKERS = _gauge(
+    "headroom_pool_workers",
+    "pool",
+    (_POOL,),
+    "Workers that have the pool: the limit over this is the limit of one worker.",
+    "workers",
+    "livemax",
+)
 POOL_PEAK = _gauge(
     "headroom_pool_peak_connections",
     "pool",

@@ -53,7 +53,9 @@ def clock() -> Clock:
 
 
 def said(advisor: PoolAdvisor) -> dict[tuple[str, ...], float]:
-    return {(metric.name, *labels): value for metric, labels, value in advisor.rows()}
+    """Return the advice; how many workers have a pool is known at once and is no advice."""
+    rows = advisor.rows()
+    return {(metric.name, *labels): value for metric, labels, value in rows if metric is not catalog.POOL_WORKERS}
 
 
 def watch(advisor: PoolAdvisor, clock: Clock, *workers: tuple[Writer, list[Checkout]]) -> dict[tuple[str, ...], float]:
@@ -197,3 +199,4 @@ def test_the_exporter_carries_it_out(tmp_path: Path, clock: Clock) -> None:
     seen = values(Collector(Reader(tmp_path), pools=advisor).collect())
     assert seen[f"{RECOMMENDED} primary"] == rows[RECOMMENDED, "primary"]
     assert seen["headroom_pool_predicted_wait_seconds primary 0.75x"] > 0.01
+    assert seen["headroom_pool_workers primary"] == 1.0

@@ -100,14 +100,13 @@ class PoolAdvisor:
         sharing = sum(catalog.POOL_MAX in latest[place].gauges for place in places)
         most = max(1.0, database // sharing) if database and sharing else inf
         windows = [window for place in places if (window := self.window_of(place)) is not None]
+        rows: list[Row] = [(catalog.POOL_WORKERS, (pool,), float(sharing))] if sharing else []
         advice = [found for window in windows if (found := advise(window, most=most)) is not None]
         if not advice:
-            return []
+            return rows
         chosen: Advice = max(advice, key=lambda it: (it.size, it.load))
-        rows: list[Row] = [
-            (catalog.POOL_RECOMMENDED, (pool,), float(chosen.size)),
-            (catalog.POOL_PEAK, (pool,), max((window.found.highest() or 0.0) for window in windows) + 1.0),
-        ]
+        rows.append((catalog.POOL_RECOMMENDED, (pool,), float(chosen.size)))
+        rows.append((catalog.POOL_PEAK, (pool,), max((window.found.highest() or 0.0) for window in windows) + 1.0))
         rows += [(catalog.POOL_PREDICTED_WAIT, (pool, size), wait) for size, wait in chosen.waits.items()]
         return rows
 
