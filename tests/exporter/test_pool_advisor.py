@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from demo_app.stack.servers import Postgres
 from fastapi_headroom import catalog
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
 from fastapi_headroom.exporter.pool_rows import PoolReader
+from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.settings import load
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from tests.advice.simulated import Checkout, poisson, run, smallest_size, take
@@ -26,12 +31,15 @@ def traffic(rate: float, hold: float = 0.05) -> list[Checkout]:
     return take(poisson(rate, rng), lambda: rng.expovariate(1 / hold), SECONDS)
 
 
-def live(writer: Writer, checkouts: list[Checkout], size: int = 30, pool: str = "primary") -> None:
+def live(
+    writer: Writer, checkouts: list[Checkout], size: int = 30, pool: str = "primary", *, limited: bool = True
+) -> None:
     """Write what a worker with a pool of this size would have."""
     use, wait, demand = (
         writer.histogram(metric, pool) for metric in (catalog.POOL_USE, catalog.POOL_WAIT, catalog.POOL_DEMAND)
     )
-    writer.gauge(catalog.POOL_MAX, pool).set(size)
+    if limited:
+        writer.gauge(catalog.POOL_MAX, pool).set(size)
     for (_, hold), waited, found in zip(checkouts, *run(checkouts, size), strict=True):
         use.observe(hold)
         wait.observe(waited)
@@ -133,6 +141,18 @@ def test_a_worker_that_is_gone_is_not_asked(tmp_path: Path, clock: Clock) -> Non
     assert values(collector.collect())[f"{RECOMMENDED} primary"] == min(8, smallest_size(traffic(80), 0.01))
 
 
+def test_a_pool_without_limit_is_told_which_one_it_needs(tmp_path: Path, clock: Clock) -> None:
+    """max_overflow=-1: no limit to compare with, and the same advice; no prediction for an actual size."""
+    writer, advisor = Writer.open(tmp_path), PoolAdvisor(tmp_path, clock=clock)
+    live(writer, [], limited=False)
+    advisor.look()
+    live(writer, traffic(80), 1000, limited=False)
+    clock.now += SECONDS
+    advisor.look()
+    assert abs(said(advisor)[RECOMMENDED, "primary"] - smallest_size(traffic(80), 0.01)) <= 1
+    assert ("headroom_pool_predicted_wait_seconds", "primary", "actual") not in said(advisor)
+
+
 def test_pools_beyond_the_cap_on_names_are_not_sized_together(tmp_path: Path, clock: Clock) -> None:
     """`_OTHER` is many pools: their sum is the size of none of them. Pools with names are sized each by itself."""
     writer = Writer.open(tmp_path)
@@ -200,3 +220,30 @@ def test_the_exporter_carries_it_out(tmp_path: Path, clock: Clock) -> None:
     assert seen[f"{RECOMMENDED} primary"] == rows[RECOMMENDED, "primary"]
     assert seen["headroom_pool_predicted_wait_seconds primary 0.75x"] > 0.01
     assert seen["headroom_pool_workers primary"] == 1.0
+
+
+async def test_a_real_pool_that_is_too_small_is_told_what_it_needs(tmp_path: Path, postgres: Postgres) -> None:
+    """Four callers on a pool of one connection to a real PostgreSQL: what the probe wrote asks for about four."""
+    probe = PoolProbe(load({}))
+    probe.bind(Writer.open(tmp_path))
+    engine = create_async_engine(
+        postgres.url(driver="asyncpg"), pool_size=1, max_overflow=0, pool_timeout=60, pool_logging_name="primary"
+    )
+
+    async def caller(times: int) -> None:
+        for _ in range(times):
+            async with engine.connect():
+                await asyncio.sleep(0.02)
+
+    advisor = PoolAdvisor(tmp_path, least_seconds=0.1, least_checkouts=50)
+    await caller(1)
+    probe.sample()
+    advisor.look()
+    await asyncio.gather(*(caller(30) for _ in range(4)))
+    probe.sample()
+    advisor.look()
+    await engine.dispose()
+    probe.close()
+    rows = {(metric.name, *labels): value for metric, labels, value in advisor.rows()}
+    assert 3 <= rows[RECOMMENDED, "primary"] <= 5
+    assert rows["headroom_pool_peak_connections", "primary"] == 4

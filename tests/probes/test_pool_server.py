@@ -41,7 +41,7 @@ def probe(writer: Writer) -> Iterator[PoolProbe]:
 def expected(engine: Engine) -> float:
     """Return the limit by a way of its own: the settings, one by one."""
     with engine.connect() as connection:
-        settings = dict(connection.execute(text("SELECT name, setting FROM pg_settings")).tuples().all())
+        settings = {row.name: row.setting for row in connection.execute(text("SELECT name, setting FROM pg_settings"))}
     reserved = int(settings["superuser_reserved_connections"]) + int(settings.get("reserved_connections", 0))
     return float(int(settings["max_connections"]) - reserved)
 

@@ -62,7 +62,7 @@ class Window(NamedTuple):
     found: Histogram
     """Connections in use and checkouts waiting that each checkout found when it asked."""
     limit: float
-    """Connections that the pool may open."""
+    """Connections that the pool may open; infinite where it has no limit."""
     dispersion: float = 1.0
     """Variance over mean of the checkouts per interval: 1 for arrivals that know nothing of each other."""
 
@@ -132,11 +132,19 @@ class Demand(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """A recommended size, and the predicted p95 wait in seconds at multiples of it and at the ``actual`` size."""
+    """A recommended size, and what it follows from."""
 
     size: int
-    waits: dict[str, float]
-    load: float
+    demand: Demand
+    limit: float
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """The predicted p95 wait in seconds at multiples of the size, and at the ``actual`` one."""
+        sizes = {f"{factor:g}x": float(max(1, round(self.size * factor))) for factor in FACTORS}
+        if 1 <= self.limit < inf:
+            sizes["actual"] = self.limit
+        return {name: wait for name, at in sizes.items() if (wait := self.demand.wait_p95(at)) is not None}
 
 
 def demand_of(window: Window, target: float = TARGET) -> Demand | None:
@@ -175,12 +183,7 @@ def advise(window: Window, target: float = TARGET, most: float = inf) -> Advice 
     demand = demand_of(window, target)
     if demand is None:
         return None
-    size = max(1, int(min(demand.size(target), most)))
-    sizes = {f"{factor:g}x": float(max(1, round(size * factor))) for factor in FACTORS}
-    if window.limit >= 1:
-        sizes["actual"] = window.limit
-    waits = {name: wait for name, at in sizes.items() if (wait := demand.wait_p95(at)) is not None}
-    return Advice(size, waits, demand.load)
+    return Advice(max(1, int(min(demand.size(target), most))), demand, window.limit)
 
 
 def smallest(fits: Callable[[int], bool]) -> int:

@@ -84,7 +84,7 @@ class PoolAdvisor:
             return None
         (began, first), (ended, last) = seen[0], seen[-1]
         holds, waits, found = (last.since(first, metric) for metric in HISTOGRAMS)
-        limit = last.gauges.get(catalog.POOL_MAX, 0.0)
+        limit = last.gauges.get(catalog.POOL_MAX, inf)
         if ended - began < self._least_seconds or found.count < self._least_checkouts or limit < 1:
             return None
         asked = [sum(rows.counts[catalog.POOL_DEMAND][1:]) for _, rows in seen]
@@ -104,7 +104,7 @@ class PoolAdvisor:
         advice = [found for window in windows if (found := advise(window, most=most)) is not None]
         if not advice:
             return rows
-        chosen: Advice = max(advice, key=lambda it: (it.size, it.load))
+        chosen: Advice = max(advice, key=lambda it: (it.size, it.demand.load))
         rows.append((catalog.POOL_RECOMMENDED, (pool,), float(chosen.size)))
         rows.append((catalog.POOL_PEAK, (pool,), max((window.found.highest() or 0.0) for window in windows) + 1.0))
         rows += [(catalog.POOL_PREDICTED_WAIT, (pool, size), wait) for size, wait in chosen.waits.items()]

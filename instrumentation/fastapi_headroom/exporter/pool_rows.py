@@ -22,6 +22,8 @@ log = logging.getLogger("fastapi_headroom")
 HISTOGRAMS = (catalog.POOL_USE, catalog.POOL_WAIT, catalog.POOL_DEMAND)
 GAUGES = (catalog.POOL_MAX, catalog.DATABASE_CONNECTIONS_MAX)
 _FILES = {layout.stem_of(metric) for metric in (*HISTOGRAMS, *GAUGES)}
+_HEADS = tuple(f'["{metric.family}", '.encode() for metric in (*HISTOGRAMS, *GAUGES))
+"""How the keys of these rows begin."""
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WIDEST = 256 << 10
 """Bytes from the first to the last number of one series beyond which the file is not believed."""
@@ -128,19 +130,14 @@ class _File:
     def _parse(self, content: bytes, used: int) -> None:
         start = self._used
         for raw, index in layout.parse(content, 0, used - start, start):
-            metric = next((row for row in (*HISTOGRAMS, *GAUGES) if raw.startswith(_head(row))), None)
-            if metric is None:
+            if not raw.startswith(_HEADS):  # nearly all of them
                 continue
-            _, sample, labels, _ = layout.parse_key(raw)
-            values = dict(labels)
+            family, sample, labels, _ = layout.parse_key(raw)
+            metric, values = catalog.BY_NAME[family], dict(labels)
             series = (metric, values[metric.labels[0]])
             cells = self._cells.setdefault(series, [-1] * (len(metric.buckets) + 2 if metric.buckets else 1))
             cells[_number(metric, sample, values.get("le", ""))] = index
         self._used = used
-
-
-def _head(metric: Metric) -> bytes:
-    return f'["{metric.family}", '.encode()
 
 
 def _number(metric: Metric, sample: str, bound: str) -> int:

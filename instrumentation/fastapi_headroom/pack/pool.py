@@ -326,8 +326,9 @@ def _size_row() -> Row:
                 panels.number(
                     "Never needed for a day",
                     (
-                        "How many connections, over all workers, did nobody need within the last day? Each takes from the "
-                        "database's budget and memory. Let a day with the usual peak pass before you take them away."
+                        "How many connections, over all workers, did nobody need within the last day? Each takes "
+                        "from the database's budget and memory. Let a day with the usual peak pass before you take "
+                        "them away."
                     ),
                     "short",
                     _never_needed(),
