@@ -106,6 +106,7 @@ class PoolHooks:
             if state.idle:  # on one loop nobody else can take what lies ready: there is no wait to account for
                 try:
                     state.queue.wait.observe(0.0)
+                    state.queue.demand.observe(len(state.held))
                 except Exception as failure:
                     probe.guard.failed(failure)
                 return original(pool)

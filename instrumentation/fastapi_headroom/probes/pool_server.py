@@ -3,7 +3,7 @@
 The question is asked once per pool, on the first connection that is opened while measuring: one statement and a
 rollback after the connect, where SQLAlchemy itself asks for the server's version and isolation level. No connection
 is opened for it, no checkout of an open connection pays for it, and nothing is asked where the setting
-``read_database_limit`` is off. See docs/adr/0004-database-limit.md.
+``read_database_limit`` is off. See docs/adr/0005-database-limit.md.
 """
 
 from __future__ import annotations
