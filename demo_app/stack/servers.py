@@ -253,7 +253,7 @@ class Alertmanager(Server):
 def _reachable(data: Path, user: str) -> Path:
     """Return the folder, or one in the temporary directory where the user may not walk down to it.
 
-    A checkout below ``/root`` is closed to the user that PostgreSQL has to run as.
+    A checkout below ``/root`` is closed to the user that PostgreSQL or RabbitMQ runs as.
     """
     account = pwd.getpwnam(user)
     for parent in data.parents:
@@ -262,5 +262,5 @@ def _reachable(data: Path, user: str) -> Path:
         status = parent.stat()
         shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid == account.pw_gid else 0
         if not status.st_mode >> shift & 0o1:
-            return Path(tempfile.mkdtemp(prefix="headroom-postgres-"))
+            return Path(tempfile.mkdtemp(prefix=f"headroom-{user}-"))
     return data

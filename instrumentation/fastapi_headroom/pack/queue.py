@@ -147,7 +147,7 @@ def _first_row() -> Row:
 def _backlog_row() -> Row:
     # From the depth alone, so that it is there for queues whose workers measure nothing.
     depth = _gauge(catalog.QUEUE_DEPTH)
-    falling = promql.by("max", _SAME, f"deriv({promql.shown(catalog.QUEUE_DEPTH, _QUEUES)}[10m])")
+    falling = promql.by("max", _SAME, f"deriv({promql.shown(catalog.QUEUE_DEPTH, _QUEUES)}[{promql.INTERVAL}])")
     return Row(
         "Does it keep up?",
         (
@@ -202,8 +202,8 @@ def _backlog_row() -> Row:
                 panels.lines(
                     "Delayed and failed",
                     (
-                        "What is not ready: jobs that are due later or wait for another one, and those that failed "
-                        "and are kept. Only where the broker shows it."
+                        "What else is there? Jobs that are due later or wait for another one, and those that failed "
+                        "for good and are kept. Only where the broker shows it."
                     ),
                     "short",
                     Query(_gauge(catalog.QUEUE_DELAYED), f"delayed {_NAME}"),

@@ -21,8 +21,10 @@ from fastapi_headroom.probes.queue_adapters.url import QueueURL, parse_named
 EXAMPLE: Final = "celery+amqp://user:password@host:5672/vhost?queues=mail,reports"
 PORT: Final = 5672
 PORT_TLS: Final = 5671
-TIMEOUT: Final = 1.0
-"""Seconds to wait for a connection or a reply."""
+CONNECT_TIMEOUT: Final = 1.0
+"""Seconds to wait for a connection."""
+TIMEOUT: Final = 5.0
+"""Seconds to wait for a reply. A queue that is paging messages out answers late: a long queue is no broken one."""
 SYSTEM: Final = "rabbitmq"
 ALL: Final = "_all"
 
@@ -47,7 +49,7 @@ class CeleryRabbitMQPoller:
             "password": unquote(parts.password or "guest"),
             "virtual_host": unquote(parts.path.removeprefix("/")) or "/",
             "ssl": tls,
-            "connect_timeout": TIMEOUT,
+            "connect_timeout": CONNECT_TIMEOUT,
             "read_timeout": TIMEOUT,
             "write_timeout": TIMEOUT,
         }
