@@ -184,10 +184,10 @@ def _backlog_row() -> Row:
             *across(
                 8,
                 panels.lines(
-                    "Time to drain",
+                    "Time to drain by queue",
                     (
-                        "If it goes on as in the last ten minutes, when is each queue empty? No line means that it is "
-                        "empty, or does not shrink."
+                        "If it goes on shrinking as now, when is each queue empty? No line means that it is empty, or "
+                        "does not shrink."
                     ),
                     "s",
                     Query(f"({depth} > 0) / -({falling} < 0)", _NAME),
