@@ -16,7 +16,7 @@ from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support.queue_jobs import marks
-from tests.support.queue_kit import Polled, Subject, kill, sleep_until
+from tests.support.queue_kit import Polled, Subject, kill, sleep_until, total
 from tests.support.queue_subjects import SUBJECTS
 
 DEPTH, AGE, BUSY = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_IN_PROGRESS
@@ -158,6 +158,24 @@ def test_retries_leave_no_drift(subject: Subject) -> None:
         wait_until(lambda: marks(subject.folder / "done") == 6, 40, "all six jobs")
         wait_until(lambda: polled.depth() == subject.truth() == 0, 10, "an empty queue")
     assert marks(subject.folder / "attempts") == 2
+
+
+def test_workers_measure_waits_and_runs(subject: Subject) -> None:
+    """A worker measures how long its jobs lay in this broker's queue and how they ended, under the broker's name."""
+    if not subject.measures:
+        pytest.skip("RQ's measured workers have tests of their own, plain Redis has no library to hook into")
+    published = time.time()
+    subject.publish(3)
+    subject.publish(kind="fail")
+    sleep_until(published + 0.5)
+    store = subject.folder / "store"
+    names = {"messaging_system": subject.system, "messaging_destination_name": "mail"}
+    with subject.worker():
+        wait_until(lambda: total(store, f"{catalog.PROCESS_DURATION.name}_count", **names) == 4.0, 40, "four runs")
+        took = time.time() - published
+    assert total(store, f"{catalog.PROCESS_DURATION.name}_count", **names, error_type="ValueError") == 1.0
+    assert total(store, f"{catalog.QUEUE_WAIT.name}_count", **names) == 4.0
+    assert 0.4 * 4 < total(store, f"{catalog.QUEUE_WAIT.name}_sum", **names) <= 4 * took
 
 
 def test_a_purge_is_seen(subject: Subject) -> None:

@@ -25,7 +25,7 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from tests.support import queue_jobs
-from tests.support.queue_kit import PYTHON, Subject
+from tests.support.queue_kit import PYTHON, Subject, total
 from tests.support.queue_subjects import RQ
 from tests.support.serving import ROOT
 
@@ -59,7 +59,7 @@ def worker(subject: Subject, kind: str) -> Iterator[Path]:
     process = Process(
         "rq", [PYTHON, "-m", "tests.support.rq_app", kind, subject.server.url, "mail"],  # type: ignore[attr-defined]
         log=subject.folder / "worker.log", cwd=ROOT,
-        env=subject.environment() | {"HEADROOM_DIRECTORY": str(directory)},
+        env=subject.environment(),
     )  # fmt: skip
     process.start()
     try:
@@ -69,18 +69,6 @@ def worker(subject: Subject, kind: str) -> Iterator[Path]:
         raise
     finally:
         process.stop()
-
-
-def total(directory: Path, sample: str, **labels: str) -> float:
-    """Return the sum of one sample over all label sets that hold ``labels``."""
-    if not directory.is_dir():
-        return 0.0
-    return sum(
-        value
-        for family in Reader(directory).read().families
-        for name, pairs, value in family.samples
-        if name == sample and labels.items() <= dict(pairs).items()
-    )
 
 
 @pytest.mark.parametrize("kind", ["forking", "simple"])

@@ -17,6 +17,7 @@ from demo_app.stack.servers import Server
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.probes.queue_adapters import Poller, poller_for
+from fastapi_headroom.store.reader import Reader
 from tests.support.serving import ROOT
 
 
@@ -29,6 +30,9 @@ class Subject(ABC):
     """``priority`` label of the jobs that the kit publishes."""
     sees: ClassVar[frozenset[Metric]]
     """The rows that its poller writes; the rows of other states must never show up."""
+
+    measures: ClassVar[bool] = False
+    """Whether the kit's worker measures its jobs, into ``store`` in the folder."""
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
@@ -93,6 +97,7 @@ class Subject(ABC):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "instrumentation")]),
             "C_FORCE_ROOT": "1",
+            "HEADROOM_DIRECTORY": str(self.folder / "store"),
         }
 
 
@@ -126,6 +131,18 @@ class Polled:
         """Return the truth just before a poll, its depth, and the truth just after."""
         before = read()
         return before, self.depth(), read()
+
+
+def total(directory: Path, sample: str, **labels: str) -> float:
+    """Return the sum of one sample of a store over all label sets that hold ``labels``."""
+    if not directory.is_dir():
+        return 0.0
+    return sum(
+        value
+        for family in Reader(directory).read().families
+        for name, pairs, value in family.samples
+        if name == sample and labels.items() <= dict(pairs).items()
+    )
 
 
 def kill(process: Process) -> None:

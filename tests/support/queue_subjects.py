@@ -140,6 +140,7 @@ class CeleryOnRedis(OnRedis):
     """Celery with its own worker."""
 
     kind = "celery"
+    measures = True
     sees = frozenset({DEPTH, AGE, BUSY})
 
     def start(self) -> None:
