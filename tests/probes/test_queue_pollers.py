@@ -28,7 +28,7 @@ FILLING = {
     "redis.call('HSET', 'rq:job:job1', 'enqueued_at', '2026-01-01T00:00:00.000000Z')",
 }
 ALLOWED = {"llen", "lindex", "hlen", "hget", "zcard", "zcount", "zrange", "scard", "smembers", "exists"}
-ALLOWED |= {"xinfo|groups", "xrange"}
+ALLOWED |= {"xinfo|groups", "xlen", "xrange"}
 """O(1), O(log n), or of as many steps as there are groups, queues or workers, all few."""
 BESIDE = {"config|resetstat", "info", "client|setinfo", "hello"}
 
@@ -73,8 +73,9 @@ def test_a_stream_whose_lag_redis_does_not_know_is_counted_up_to_a_bound(
     broker: redis_client.Redis, redis_server: Redis
 ) -> None:
     """Where entries were deleted a small backlog is counted one by one, and a large one has an age and no depth."""
-    entries = [broker.xadd("mail", {"n": n}) for n in range(COUNTED + 1)]
+    entries = [broker.xadd("mail", {"n": n}) for n in range(COUNTED + 2)]
     broker.xgroup_create("mail", "g", id="0")
+    broker.xreadgroup("g", "one", {"mail": ">"}, count=1)
     broker.xdel("mail", entries[50])
     (group,) = broker.xinfo_groups("mail")
     assert group["lag"] is None
@@ -84,7 +85,22 @@ def test_a_stream_whose_lag_redis_does_not_know_is_counted_up_to_a_bound(
     values = poll(url)
     assert (DEPTH, "mail/g") not in values
     assert values[AGE, "mail/g"] > 0.0
-    assert values[BUSY, "mail/g"] == 0.0
+    assert values[BUSY, "mail/g"] == 1.0
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8])
+def test_entries_that_were_trimmed_away_are_no_backlog(
+    broker: redis_client.Redis, redis_server: Redis, kept: int
+) -> None:
+    """A stream that is kept short counts what a group can still read, though Redis counts more in its lag."""
+    for n in range(10):
+        broker.xadd("mail", {"n": n})
+    broker.xgroup_create("mail", "g", id="0")
+    broker.xreadgroup("g", "one", {"mail": ">"}, count=4)
+    broker.xtrim("mail", maxlen=kept, approximate=False)
+    values = poll(f"stream+{redis_server.url}?queues=mail")
+    assert values[DEPTH, "mail/g"] == min(kept, 6)
+    assert (values[AGE, "mail/g"] > 0.0) == (kept > 0)
 
 
 def test_each_group_of_a_stream_has_its_own_backlog(broker: redis_client.Redis, redis_server: Redis) -> None:

@@ -5,6 +5,10 @@ own pace. Its depth is the group's ``lag`` (XINFO GROUPS, Redis 7 or later), in 
 and not acknowledged, and an entry's id holds the time at which it was added, so the first one that was not delivered
 tells the oldest age.
 
+Redis 7.0 goes on counting entries in the lag that were trimmed away (XTRIM, MAXLEN) before the group read them. So
+where a group has yet to read the stream's first entry its depth is the stream's length, and it is 0 where nothing is
+left to read.
+
 Redis gives no lag where entries were deleted out of order behind the group (XDEL) or the group began in the middle.
 Then up to ``COUNTED`` entries are counted; of more there is no depth (a gap and no guess), while the age stays.
 
@@ -48,13 +52,19 @@ class RedisStreamPoller:
         for stream, group in groups:
             after = b"(" + group[b"last-delivered-id"]
             wanted = COUNTED + 1 if group[b"lag"] is None else 1
+            questions.append(("XLEN", stream))
+            questions.append(("XRANGE", stream, "-", "+", "COUNT", "1"))
             questions.append(("XRANGE", stream, after, "+", "COUNT", str(wanted)))
-        replies = self._link.get(questions)
+        replies = iter(self._link.get(questions))
         now = time.time()
         samples: list[Sample] = []
-        for (stream, group), entries in zip(groups, replies, strict=True):
+        for (stream, group), length, first, unread in zip(groups, replies, replies, replies, strict=False):
             labels = (SYSTEM, f"{stream}/{group[b'name'].decode(errors='replace')}", ALL)
-            samples += self._of_group(labels, group, entries, now)
+            samples.append((catalog.QUEUE_IN_PROGRESS, labels, float(group[b"pending"])))
+            if (depth := _depth(group[b"lag"], length, first, unread)) is not None:
+                samples.append((catalog.QUEUE_DEPTH, labels, float(depth)))
+            added = int(unread[0][0].partition(b"-")[0]) / 1000 if unread else now
+            samples.append((catalog.QUEUE_OLDEST_AGE, labels, max(0.0, now - added)))
         return samples
 
     def close(self) -> None:
@@ -74,18 +84,19 @@ class RedisStreamPoller:
             found += [(stream, {b"lag": None} | _fields(group)) for group in reply]
         return found
 
-    def _of_group(
-        self, labels: tuple[str, ...], group: dict[bytes, Any], entries: list[Any], now: float
-    ) -> list[Sample]:
-        samples: list[Sample] = [(catalog.QUEUE_IN_PROGRESS, labels, float(group[b"pending"]))]
-        lag = group[b"lag"]
-        if lag is None and len(entries) <= COUNTED:
-            lag = len(entries)
-        if lag is not None:
-            samples.append((catalog.QUEUE_DEPTH, labels, float(lag)))
-        added = int(entries[0][0].partition(b"-")[0]) / 1000 if entries else now
-        samples.append((catalog.QUEUE_OLDEST_AGE, labels, max(0.0, now - added)))
-        return samples
+
+def _depth(lag: int | None, length: int, first: list[Any], unread: list[Any]) -> int | None:
+    """Return how many entries a group has yet to read, None where that is not known.
+
+    ``length`` and ``first`` are of the stream, ``unread`` holds the first entries behind the group's last one.
+    """
+    if not unread:
+        return 0
+    if first and first[0][0] == unread[0][0]:
+        return length
+    if lag is None and len(unread) <= COUNTED:
+        return len(unread)
+    return lag
 
 
 def _fields(row: Any) -> dict[bytes, Any]:
