@@ -11,6 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.middleware.gzip import GZipMiddleware
 
 import fastapi_headroom as headroom
+from demo_app import outside
 from demo_app.cache import client
 from demo_app.database import engine
 from demo_app.routers import mail, orders, plans, products, reports, users
@@ -20,6 +21,7 @@ from demo_app.routers import mail, orders, plans, products, reports, users
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Give connections back when the worker stops."""
     yield
+    await outside.client.aclose()
     await client.aclose()
     await engine.dispose()
 

@@ -40,6 +40,11 @@ class Shopper(FastHttpUser):
         for _ in range(random.choice((1, 1, 2))):
             self.client.get(f"/products/{popular(PRODUCTS)}", name="/products/{id}")
 
+    @task(3)
+    def ask_for_delivery(self) -> None:
+        """Ask what a delivery costs."""
+        self.client.get(f"/products/{popular(PRODUCTS)}/delivery", name="/products/{id}/delivery")
+
     @task(4)
     def look_at_plans(self) -> None:
         """Ask for the plans as a browser does: only if they changed."""

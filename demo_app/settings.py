@@ -19,6 +19,8 @@ class ShopSettings(BaseSettings):
     database_url: str = "postgresql+asyncpg://headroom@127.0.0.1:5432/postgres"
     cache_url: str = "redis://127.0.0.1:6379/0"
     broker_url: str = "redis://127.0.0.1:6379/1"
+    carriers_url: str = "http://127.0.0.1:8010"
+    """Where the carriers answer; see ``carriers``."""
     run_directory: Path = Path(__file__).parents[1] / ".demo" / "run"
     """Where the switches of the faults lie; all processes of the shop look there."""
     workers: int = 2

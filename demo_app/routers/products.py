@@ -11,7 +11,9 @@ from fastapi import APIRouter, BackgroundTasks, HTTPException, Response, status
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select, update
 
+from demo_app import outside
 from demo_app.cache import cache, client
+from demo_app.carriers import Quote
 from demo_app.database import Session, SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Product
@@ -49,6 +51,12 @@ async def get_product(product_id: int, background: BackgroundTasks) -> ProductDe
         raise HTTPException(status.HTTP_404_NOT_FOUND, "no such product")
     background.add_task(_count_view, product_id)
     return details
+
+
+@router.get("/{product_id}/delivery")
+async def get_delivery(product_id: int) -> list[Quote]:
+    """Ask all carriers at once what it costs to deliver a product."""
+    return await outside.quotes(product_id)
 
 
 @router.put("/{product_id}/price", status_code=status.HTTP_204_NO_CONTENT)

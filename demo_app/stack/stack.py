@@ -63,6 +63,7 @@ class Stack:
         redis = self._begin(Redis(self._data / "redis"), "Redis")
         sidecar_port, shop_port = free_port(), free_port()
         environment = self._environment(postgres.url(), redis.url, sidecar_port)
+        environment["SHOP_CARRIERS_URL"] = self._start_carriers(environment)
         self._run_once("seed", environment, "products, users with posts and orders into PostgreSQL")
         self._start_sidecar(environment, sidecar_port, environment["SHOP_BROKER_URL"])
         self._start_shop(environment, shop_port)
@@ -149,6 +150,14 @@ class Stack:
         sidecar = self._python("sidecar", command, environment, ready=lambda: answers(f"{url}/healthz"))
         self._begin(sidecar, "headroom sidecar")
         self.addresses["Sidecar"] = url
+
+    def _start_carriers(self, environment: dict[str, str]) -> str:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = ["-m", "uvicorn", "demo_app.carriers:app", "--port", str(port), "--log-level", "warning"]
+        carriers = self._python("carriers", command, environment, ready=lambda: answers(f"{url}/healthz"))
+        self._begin(carriers, "carriers: another service, which the shop asks")
+        return url
 
     def _start_shop(self, environment: dict[str, str], port: int) -> None:
         url = f"http://127.0.0.1:{port}"

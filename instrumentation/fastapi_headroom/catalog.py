@@ -26,6 +26,8 @@ HOLDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 OPERATIONS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 QUERY_COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
+DEMANDS = tuple(float(n) for n in (*range(11), 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 500))
+"""Bounds for numbers of connections: exact up to 10, then within a quarter."""
 LIFETIMES = (1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 
 
@@ -246,6 +248,58 @@ REPEATED_STATEMENTS = _counter(
     "Statements that one request ran ten times or more, differing only in their values (N+1); once per request.",
     "statements",
 )
+POOL_DEMAND = _histogram(
+    "headroom_pool_demand",
+    "pool",
+    (_POOL,),
+    "Connections in use and checkouts waiting that a checkout found in its worker when it asked for a connection.",
+    DEMANDS,
+    "connections",
+)
+POOL_WORKERS = _gauge(
+    "headroom_pool_workers",
+    "pool",
+    (_POOL,),
+    "Workers that have the pool: the limit over this is the limit of one worker.",
+    "workers",
+    "livemax",
+)
+POOL_PEAK = _gauge(
+    "headroom_pool_peak_connections",
+    "pool",
+    (_POOL,),
+    "The most connections that one worker needed at once within the advisor's window: in use, and waited for. "
+    "Exact up to 11, above that the bound of a bucket.",
+    "connections",
+    "livemax",
+)
+POOL_RECOMMENDED = _gauge(
+    "headroom_pool_recommended_size",
+    "pool",
+    (_POOL,),
+    "Connections per worker (pool_size and max_overflow) with which 95 % of the checkouts wait 10 ms or less, "
+    "within the database's limit.",
+    "connections",
+    "livemax",
+)
+POOL_PREDICTED_WAIT = _gauge(
+    "headroom_pool_predicted_wait_seconds",
+    "pool",
+    (_POOL, "size"),
+    "The 95th percentile of the wait that is predicted at a size: a multiple of the recommended one (0.5x to 2x), or "
+    "actual. No series where the wait would grow without bound.",
+    "seconds",
+    "livemax",
+)
+DATABASE_CONNECTIONS_MAX = _gauge(
+    "headroom_database_connections_max",
+    "pool",
+    (_POOL,),
+    "Connections that the database server lets the app open, over all its workers and instances: max_connections "
+    "less what is reserved, or the tighter limit of the role or database.",
+    "connections",
+    "livemax",
+)
 DB_OPERATION_DURATION = _histogram(
     "db_client_operation_duration_seconds",
     "pool",
@@ -323,6 +377,30 @@ QUEUE_IN_PROGRESS = _gauge(
     (_SYSTEM, _QUEUE, "priority"),
     "Jobs handed to a consumer and not yet acknowledged.",
     "jobs",
+    "livemax",
+)
+QUEUE_DELAYED = _gauge(
+    "headroom_queue_delayed",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs that are not ready yet: due later, or waiting for another job to end.",
+    "jobs",
+    "livemax",
+)
+QUEUE_FAILED = _gauge(
+    "headroom_queue_failed",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs that failed for good and are kept for somebody to look at.",
+    "jobs",
+    "livemax",
+)
+QUEUE_CONSUMERS = _gauge(
+    "headroom_queue_consumers",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Consumers that take jobs from the queue.",
+    "consumers",
     "livemax",
 )
 QUEUE_OLDEST_AGE = _gauge(

@@ -71,13 +71,15 @@ class Settings(BaseSettings):
     """Seconds from which on a held event loop is reported as blocked."""
     hold_threshold: float = Field(default=10.0, ge=0.05, le=3600)
     """Seconds from which on a database connection that is checked out is reported as held for long."""
+    read_database_limit: bool = True
+    """Ask the database, once per pool and over a connection that the app opens anyhow, how many it allows."""
     max_series: int = Field(default=20_000, ge=100, le=1_000_000)
     """Series that one worker may create; further label sets fold into ``_overflow``."""
     expected_workers: int | None = Field(default=None, ge=1)
     """Number of workers that should run; default: WEB_CONCURRENCY, else unknown."""
     queues: Words = ()
-    """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``. Spaces or commas between;
-    a comma inside the query string stays there."""
+    """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``, ``celery+amqp``, ``rq+redis``,
+    ``stream+redis``, ``list+redis``. Spaces or commas between; a comma inside the query string stays there."""
     tracing: bool = True
     """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
     keep_fastapi_telemetry: bool = False

@@ -35,6 +35,12 @@ REPEATED_STATEMENTS: Final = 10
 """Times that one request runs a statement, differing only in values, from which on it is an N+1."""
 REPEATED_RATE: Final = 0.05
 """Such statements per second of one route from which on they are a habit."""
+POOL_TARGET_WAIT_P95: Final = 0.01
+"""Seconds that one checkout in twenty may wait with the pool size that is recommended; a bound of W."""
+POOL_ADVICE_CHECKOUTS: Final = 200.0
+"""Checkouts of one worker within the advisor's window under which nothing is said of its pool."""
+POOL_ADVICE_SECONDS: Final = 60.0
+"""Seconds that must have been observed before anything is said."""
 CACHE_DROP: Final = 0.5
 """A hit ratio under this share of a day ago's is a fault."""
 CACHE_LOOKUPS_FLOOR: Final = 1.0

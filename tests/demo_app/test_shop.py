@@ -74,7 +74,10 @@ def shop(postgres: Postgres, redis_server: RedisServer, tmp_path_factory: pytest
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment}, timeout=60)
     dsn = postgres.dsn.removesuffix("postgres") + "shop"
     with (
-        serve("uvicorn", "demo_app.app:app", workers=2, env=environment) as serving,
+        serve("uvicorn", "demo_app.carriers:app") as carriers,
+        serve(
+            "uvicorn", "demo_app.app:app", workers=2, env={**environment, "SHOP_CARRIERS_URL": carriers.url}
+        ) as serving,
         psycopg.connect(dsn, autocommit=True) as database,
         redis.Redis.from_url(f"{base}/9") as broker,
     ):
@@ -117,6 +120,14 @@ def test_every_kind_of_request_is_served(shop: Shop) -> None:
         ("GET", "/healthz", None, 200),
     ]:
         assert shop.request(method, path, body)[0] == expected, (method, path)
+
+
+def test_a_carrier_that_does_not_answer_is_left_out(shop: Shop) -> None:
+    """Quotes come from both carriers; the shop waits half a second at most for one, and answers without it."""
+    quotes = [{quote["carrier"] for quote in shop.get("/products/3/delivery")} for _ in range(5)]
+    assert {"bicycle", "van"} in quotes
+    with serve("uvicorn", "demo_app.app:app", env={"SHOP_CARRIERS_URL": "http://127.0.0.1:9"}) as lonely:
+        assert json.loads(lonely.get("/products/3/delivery")) == []
 
 
 def test_pages_cover_the_whole_list(shop: Shop) -> None:
