@@ -101,9 +101,10 @@ class Statements:
                 text = context.statement or ""
                 if request is not None:
                     request.leave(DB)
-                    if request.queries < many:  # now: others may have run at the same time
+                    ran = request.queries  # by now: others may have run at the same time
+                    if ran < many:
                         request.texts = (text, request.texts)
-                    elif request.queries <= last:
+                    elif ran <= last:
                         repeated(request, text, dialect)
                 finish(connection, text, elapsed, error)
 
@@ -131,9 +132,10 @@ class Statements:
                 elapsed = now() - started
                 if request is not None:
                     request.leave(DB)
-                    if request.queries < many:  # now: others may have run at the same time
+                    ran = request.queries  # by now: others may have run at the same time
+                    if ran < many:
                         request.texts = (statement, request.texts)
-                    elif request.queries <= last:
+                    elif ran <= last:
                         repeated(request, statement, connection.dialect)
                 finish(connection, statement, elapsed, error)
 
