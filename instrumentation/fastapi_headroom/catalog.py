@@ -26,6 +26,8 @@ HOLDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 OPERATIONS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 QUERY_COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
+DEMANDS = tuple(float(n) for n in (*range(11), 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 500))
+"""Bounds for numbers of connections: exact up to 10, then within a quarter."""
 LIFETIMES = (1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 
 
@@ -231,6 +233,58 @@ POOL_IDLE_HOLD_BY_ROUTE = _counter(
     (_POOL, _ROUTE),
     "Time connections were held while no statement ran on them.",
     "seconds",
+)
+POOL_DEMAND = _histogram(
+    "headroom_pool_demand",
+    "pool",
+    (_POOL,),
+    "Connections in use and checkouts waiting that a checkout found in its worker when it asked for a connection.",
+    DEMANDS,
+    "connections",
+)
+POOL_WORKERS = _gauge(
+    "headroom_pool_workers",
+    "pool",
+    (_POOL,),
+    "Workers that have the pool: the limit over this is the limit of one worker.",
+    "workers",
+    "livemax",
+)
+POOL_PEAK = _gauge(
+    "headroom_pool_peak_connections",
+    "pool",
+    (_POOL,),
+    "The most connections that one worker needed at once within the advisor's window: in use, and waited for. "
+    "Exact up to 11, above that the bound of a bucket.",
+    "connections",
+    "livemax",
+)
+POOL_RECOMMENDED = _gauge(
+    "headroom_pool_recommended_size",
+    "pool",
+    (_POOL,),
+    "Connections per worker (pool_size and max_overflow) with which 95 % of the checkouts wait 10 ms or less, "
+    "within the database's limit.",
+    "connections",
+    "livemax",
+)
+POOL_PREDICTED_WAIT = _gauge(
+    "headroom_pool_predicted_wait_seconds",
+    "pool",
+    (_POOL, "size"),
+    "The 95th percentile of the wait that is predicted at a size: a multiple of the recommended one (0.5x to 2x), or "
+    "actual. No series where the wait would grow without bound.",
+    "seconds",
+    "livemax",
+)
+DATABASE_CONNECTIONS_MAX = _gauge(
+    "headroom_database_connections_max",
+    "pool",
+    (_POOL,),
+    "Connections that the database server lets the app open, over all its workers and instances: max_connections "
+    "less what is reserved, or the tighter limit of the role or database.",
+    "connections",
+    "livemax",
 )
 DB_OPERATION_DURATION = _histogram(
     "db_client_operation_duration_seconds",

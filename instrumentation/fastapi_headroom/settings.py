@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """Seconds between two samples of gauges."""
     block_threshold: float = Field(default=0.1, ge=0.02, le=60)
     """Seconds from which on a held event loop is reported as blocked."""
+    read_database_limit: bool = True
+    """Ask the database, once per pool and over a connection that the app opens anyhow, how many it allows."""
     max_series: int = Field(default=20_000, ge=100, le=1_000_000)
     """Series that one worker may create; further label sets fold into ``_overflow``."""
     expected_workers: int | None = Field(default=None, ge=1)

@@ -29,6 +29,12 @@ BLOCKING_CALL_SECONDS: Final = 0.01
 LOOP_SATURATED: Final = 0.9
 POOL_WAIT_P95: Final = 0.1
 """Seconds; a bound of W."""
+POOL_TARGET_WAIT_P95: Final = 0.01
+"""Seconds that one checkout in twenty may wait with the pool size that is recommended; a bound of W."""
+POOL_ADVICE_CHECKOUTS: Final = 200.0
+"""Checkouts of one worker within the advisor's window under which nothing is said of its pool."""
+POOL_ADVICE_SECONDS: Final = 60.0
+"""Seconds that must have been observed before anything is said."""
 CACHE_DROP: Final = 0.5
 """A hit ratio under this share of a day ago's is a fault."""
 CACHE_LOOKUPS_FLOOR: Final = 1.0

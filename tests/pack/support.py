@@ -22,7 +22,7 @@ OF_PROMETHEUS = {"up", "ALERTS"}
 _WORDS = {
     *("sum", "min", "max", "avg", "count", "group", "topk", "by", "on", "and", "or", "unless", "offset", "ignoring"),
     *("group_left", "rate", "increase", "deriv", "histogram_quantile", "label_replace", "vector", "time", "sort"),
-    *("max_over_time", "min_over_time", "avg_over_time", "last_over_time", "end"),
+    *("max_over_time", "min_over_time", "avg_over_time", "last_over_time", "clamp_min", "end"),
 }
 _NOISE = re.compile(
     r'"(?:[^"\\]|\\.)*"'  # strings

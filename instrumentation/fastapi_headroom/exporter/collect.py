@@ -10,6 +10,7 @@ from fastapi_headroom.advice.remaining import READS, Labels, remaining
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.exporter import pollers
 from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
 from fastapi_headroom.probes.queue_adapters import Sample
 from fastapi_headroom.store.reader import Family, Reader, Snapshot
 
@@ -18,9 +19,14 @@ class Collector:
     """Reads the store and adds the exporter's rows. Not for concurrent use."""
 
     def __init__(
-        self, reader: Reader, *, expected_workers: int | None = None, queues: Sequence[PolledQueue] = ()
+        self,
+        reader: Reader,
+        *,
+        expected_workers: int | None = None,
+        queues: Sequence[PolledQueue] = (),
+        pools: PoolAdvisor | None = None,
     ) -> None:
-        self._reader, self._expected, self._queues = reader, expected_workers, queues
+        self._reader, self._expected, self._queues, self._pools = reader, expected_workers, queues, pools
         self.scrape_seconds: float | None = None
         """How long the scrape before took, read and rendered; set by whoever renders."""
 
@@ -53,6 +59,9 @@ class Collector:
             rows.append((catalog.SCRAPE_DURATION, (), self.scrape_seconds))
         for queue in self._queues:
             rows += queue.rows()
+        if self._pools is not None:
+            self._pools.alive = snapshot.alive
+            rows += self._pools.rows()
         own = _by_metric(rows)
         merged = {
             metric.name: [(labels, value) for (_, labels), value in zip(family.rows.series, family.values, strict=True)]

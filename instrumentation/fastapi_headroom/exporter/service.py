@@ -7,6 +7,7 @@ import contextlib
 from fastapi_headroom.exporter.access import Access
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
 from fastapi_headroom.exporter.scrape import Scraper
 from fastapi_headroom.exporter.server import MetricsServer
 from fastapi_headroom.settings import Settings
@@ -26,7 +27,10 @@ class Exporter:
         access = Access(settings)
         self._queues = [PolledQueue(url) for url in settings.queues]
         self._reader = Reader(directory)
-        collector = Collector(self._reader, expected_workers=settings.expected_workers, queues=self._queues)
+        self._pools = PoolAdvisor(directory)
+        collector = Collector(
+            self._reader, expected_workers=settings.expected_workers, queues=self._queues, pools=self._pools
+        )
         self._scraper = Scraper(collector, ExemplarReader(directory))
         self._server = MetricsServer(settings.host, settings.port, self._scraper, directory, access)
 
@@ -41,15 +45,17 @@ class Exporter:
         return self._server.alive
 
     def start(self) -> None:
-        """Answer requests and poll queues, on daemon threads."""
+        """Answer requests, poll queues and watch pools, on daemon threads."""
         for queue in self._queues:
             queue.start()
+        self._pools.start()
         self._server.start()
 
     def stop(self) -> None:
-        """Stop both, free the port and let go of the store's files. Idempotent."""
+        """Stop all, free the port and let go of the store's files. Idempotent."""
         for queue in self._queues:
             queue.stop()
+        self._pools.stop()
         self._server.stop()
         with self._scraper.quiet:
             self._reader.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi_headroom import catalog, thresholds
-from fastapi_headroom.pack import board, palette, panels, promql
+from fastapi_headroom.pack import board, palette, panels, pool_size, promql
 from fastapi_headroom.pack.board import Cell, Row, Variable, across
 from fastapi_headroom.pack.panels import Query
 from fastapi_headroom.pack.rules import INSTANCE, Rule
@@ -30,6 +30,11 @@ def _exhausted() -> str:
     # A checkout waits only at the limit, so `pending` proves it also when one worker of several is there.
     at_limit = promql.block(f"{used} >= {limit}\nor {pending} > 0")
     return f"{promql.by('sum', LABELS, promql.increase(catalog.POOL_TIMEOUTS, '5m'))} > 0\nand {at_limit}"
+
+
+def _over_budget() -> str:
+    pools = promql.by("sum", ("job", POOL), promql.highest(catalog.POOL_MAX, "5m"))
+    return f"{pools}\n> {promql.by('max', ('job', POOL), promql.highest(catalog.DATABASE_CONNECTIONS_MAX, '5m'))}"
 
 
 RULES = (
@@ -60,6 +65,19 @@ RULES = (
         ),
         board=UID,
         variables=LINK,
+    ),
+    Rule(
+        name="ConnectionBudgetExceeded",
+        expression=_over_budget(),
+        severity="warning",
+        pending="10m",
+        summary="The pools may open more connections than the database lets in.",
+        description=(
+            f'{{{{ $labels.job }}}}: all workers together may open {{{{ $value | printf "%.0f" }}}} connections '
+            f"through pool {{{{ $labels.{POOL} }}}}, more than the database has. At full load connects will be refused."
+        ),
+        board=UID,
+        variables=(("job", "job"), ("pool", POOL)),
     ),
 )
 
@@ -345,6 +363,6 @@ def render() -> str:
         UID,
         "Headroom / Database pool",
         "Do requests wait for database connections, who holds them, and is it the pool or the database?",
-        (_first_row(), _limits_row(), _routes_row(), _details_row()),
+        (_first_row(), _limits_row(), pool_size.row(), _routes_row(), _details_row()),
         (Variable("pool", catalog.POOL_MAX, POOL, "Pool"),),
     )

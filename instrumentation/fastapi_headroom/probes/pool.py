@@ -169,6 +169,12 @@ class PoolProbe:
             series = self._series[name] = PoolSeries(self._writer, name)
         return series
 
+    def write_server_limit(self, pool: Any, limit: float) -> None:
+        """Write how many connections the server behind ``pool`` allows."""
+        state = self.state_of(pool)
+        if state is not None and self._writer is not None:
+            self._writer.gauge(catalog.DATABASE_CONNECTIONS_MAX, state.series.name).set(limit)
+
     def end_wait(self, state: PoolState, started: float, request: Ledger | None) -> None:
         """Record a wait that began at ``started``, however it ended."""
         try:

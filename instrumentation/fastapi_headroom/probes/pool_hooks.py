@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_series import HOLD_KEY, NOT_SEEN, STATE_KEY, Hold, PoolState
+from fastapi_headroom.probes.pool_server import PoolServer
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.pool import PoolProbe
@@ -31,6 +32,7 @@ class PoolHooks:
             ("detach", self._detach),
             ("invalidate", self._invalidate),
             ("soft_invalidate", self._invalidate),
+            ("connect", PoolServer(probe).connected),
         )
 
     def attach(self) -> None:
@@ -104,6 +106,7 @@ class PoolHooks:
             if state.idle:  # on one loop nobody else can take what lies ready: there is no wait to account for
                 try:
                     state.queue.wait.observe(0.0)
+                    state.queue.demand.observe(len(state.held))
                 except Exception as failure:
                     probe.guard.failed(failure)
                 return original(pool)
@@ -113,6 +116,10 @@ class PoolHooks:
             waiting = state.waiting
             if me in waiting:  # it calls itself when another one was faster
                 return original(pool)
+            try:
+                state.queue.demand.observe(len(state.held) + len(waiting))
+            except Exception as failure:
+                probe.guard.failed(failure)
             request = ledger.current.get()
             if request is not None:
                 request.enter(ledger.POOL_WAIT)

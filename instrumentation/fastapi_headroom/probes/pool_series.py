@@ -36,10 +36,11 @@ class RouteSeries:
 class QueueSeries:
     """What only a pool of limited size has: waits, time-outs, connections kept."""
 
-    __slots__ = ("idle", "overflow", "pending", "timeouts", "wait")
+    __slots__ = ("demand", "idle", "overflow", "pending", "timeouts", "wait")
 
     def __init__(self, writer: Writer, pool: str) -> None:
         self.wait: Histogram = writer.histogram(catalog.POOL_WAIT, pool)
+        self.demand: Histogram = writer.histogram(catalog.POOL_DEMAND, pool)
         self.timeouts: Counter = writer.counter(catalog.POOL_TIMEOUTS, pool)
         self.pending: Gauge = writer.gauge(catalog.POOL_PENDING, pool)
         self.idle: Gauge = writer.gauge(catalog.POOL_COUNT, pool, "idle")
