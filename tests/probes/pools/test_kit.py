@@ -79,18 +79,24 @@ async def test_waits_equal_the_truth(probe: OtherPoolsProbe, writer: Writer, lib
     """Six users of two connections held 100 ms each wait 0 0 t t 2t 2t, and the metric says what their clocks say."""
     pool = await library.open()
     await warm(library, pool)
-    before = value(writer, library, f"{WAIT}_sum")
-    seen = value(writer, library, f"{WAIT}_count")
-    short = value(writer, library, f"{WAIT}_bucket", le="0.05")
-    truth = sorted(await asyncio.gather(*(library.hold(pool, HOLD) for _ in range(6))))
-    assert truth[1] < HOLD / 2 < truth[2] and truth[3] < 1.6 * HOLD < truth[4]
-    assert value(writer, library, f"{WAIT}_count") - seen == 6
+    for _ in range(8):  # until the machine let them run side by side
+        before = value(writer, library, f"{WAIT}_sum")
+        seen = value(writer, library, f"{WAIT}_count")
+        short = value(writer, library, f"{WAIT}_bucket", le="0.05")
+        truth = sorted(await asyncio.gather(*(library.hold(pool, HOLD) for _ in range(6))))
+        measured = value(writer, library, f"{WAIT}_sum") - before
+        assert value(writer, library, f"{WAIT}_count") - seen == 6
+        disturbed = not all(
+            abs(waited - expected) < 0.3 * HOLD
+            for waited, expected in zip(truth, (0, 0, HOLD, HOLD, 2 * HOLD, 2 * HOLD), strict=True)
+        )
+        if not disturbed:
+            break
+    assert not disturbed, truth
     assert value(writer, library, f"{WAIT}_bucket", le="0.05") - short == 2
-    measured = value(writer, library, f"{WAIT}_sum") - before
     assert sum(truth) - 6 * library.overhead < measured <= sum(truth) + 0.002
-    assert value(writer, library, "headroom_pool_wait_seconds_total", http_route="_outside") == pytest.approx(
-        measured, abs=0.05
-    )
+    blamed = value(writer, library, "headroom_pool_wait_seconds_total", http_route="_outside")
+    assert blamed == pytest.approx(value(writer, library, f"{WAIT}_sum"), abs=0.001)
     used = value(writer, library, "db_client_connection_use_time_seconds_sum")
     assert used >= 6 * HOLD
     assert value(writer, library, "headroom_pool_hold_seconds_total", http_route="_outside") == pytest.approx(used)

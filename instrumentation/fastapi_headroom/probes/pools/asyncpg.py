@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from time import perf_counter
+from types import FrameType
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ class AsyncpgPools:
         patches.wrap(Pool, "_get_new_connection", lambda original: _wrap_create(meters, original))
         patches.wrap(PoolConnectionHolder, "acquire", lambda original: _wrap_take(meters, original))
         patches.wrap(PoolConnectionHolder, "release", lambda original: _wrap_check(meters, original))
+        patches.wrap(PoolConnectionHolder, "_release_on_close", lambda original: _wrap_end(meters, original))
         patches.wrap(PoolConnectionHolder, "_release", lambda original: _wrap_give(meters, original))
 
     def pool_of(self, thing: Any) -> Any:
@@ -127,6 +129,28 @@ def _wrap_give(meters: Meters, original: Any) -> Any:
         original(holder)
 
     return _release
+
+
+def _wrap_end(meters: Meters, original: Any) -> Any:
+    """Tell connections that were lost from those that somebody closed: only the frames above know."""
+
+    def _release_on_close(holder: Any) -> None:
+        meter = meters.of(holder._pool)
+        if meter is not None and not _closed_by_us(sys._getframe(1)):
+            meter.lost()
+        original(holder)
+
+    return _release_on_close
+
+
+def _closed_by_us(frame: FrameType | None) -> bool:
+    """Return whether asyncpg's ``close`` or ``terminate`` is what cleans up. The loop is, when the server hung up."""
+    caller = frame.f_back if frame is not None else None
+    return (
+        caller is not None
+        and caller.f_code.co_name in ("close", "terminate")
+        and caller.f_globals.get("__name__") == "asyncpg.connection"
+    )
 
 
 def _wrap_create(meters: Meters, original: Any) -> Any:
