@@ -289,6 +289,19 @@ async def test_close_puts_the_library_back(writer: Writer, library: Library) -> 
     await library.close(pool)
 
 
+async def test_rebinding_counts_once(probe: OtherPoolsProbe, writer: Writer, library: Library) -> None:
+    """After a second bind, as a forked worker does it, a checkout counts once, and in the new writer."""
+    pool = await library.open()
+    await library.hold(pool, 0)
+    fresh = Writer.in_memory()
+    probe.bind(fresh)
+    await library.hold(pool, 0)
+    assert value(fresh, library, f"{WAIT}_count") == 1
+    assert value(writer, library, f"{WAIT}_count") == 1
+    assert value(fresh, library, "db_client_connection_use_time_seconds_count") == 1
+    await library.close(pool)
+
+
 async def test_a_failing_probe_does_not_reach_the_app(
     writer: Writer, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
