@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     fault.set_defaults(run=_fault)
     commands.add_parser("faults", help="list the faults").set_defaults(run=_faults)
     commands.add_parser("seed", help="fill an empty database").set_defaults(run=_seed)
-    commands.add_parser("servers", help="install the servers that are missing").set_defaults(run=_servers)
+    commands.add_parser("servers", help="install the servers that are missing, those of the tests too").set_defaults(
+        run=_servers
+    )
     inbox = commands.add_parser("inbox", help="receive Alertmanager's webhooks")
     inbox.add_argument("--host", default="127.0.0.1")
     inbox.add_argument("--port", type=int, default=9095)
@@ -90,9 +92,10 @@ def _seed(_: argparse.Namespace) -> None:
 
 def _servers(_: argparse.Namespace) -> int:
     from demo_app.stack.packages import PackagesMissingError, ensure_packages
+    from demo_app.stack.servers import PACKAGES, TEST_PACKAGES
 
     try:
-        ensure_packages(print)
+        ensure_packages(print, PACKAGES | TEST_PACKAGES)
     except PackagesMissingError as error:
         print(error, file=sys.stderr)
         return 1

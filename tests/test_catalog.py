@@ -16,6 +16,7 @@ from fastapi_headroom.probes.runtime import RuntimeProbe
 
 PROBES = (RequestProbe, HttpClientProbe, PoolProbe, OtherPoolsProbe, CacheProbe, LoopProbe, QueueProbe, RuntimeProbe)
 OF_THE_EXPORTER = {catalog.WORKERS, catalog.REMAINING, catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE}
+OF_THE_EXPORTER |= {catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED, catalog.QUEUE_CONSUMERS}
 OF_THE_EXPORTER |= {catalog.QUEUE_IN_PROGRESS, catalog.WORKER_RESTARTS}  # restarts: the store, when it claims a slot
 
 

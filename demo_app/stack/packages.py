@@ -1,11 +1,11 @@
-"""The Debian packages that the demo needs: says which are missing, and installs them if it may."""
+"""The Debian packages that the demo and the tests need: says which are missing, and installs them if it may."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from demo_app.stack.servers import PACKAGES, MissingBinaryError, find
 
@@ -27,10 +27,10 @@ class PackagesMissingError(RuntimeError):
     """Packages are missing and could not be installed; the message says what to run."""
 
 
-def missing_packages() -> list[str]:
-    """Return the packages whose binaries are not here."""
+def missing_packages(wanted: Mapping[str, str] = PACKAGES) -> list[str]:
+    """Return the packages whose binaries are not here; ``wanted`` is binary to package."""
     missing = []
-    for binary, package in PACKAGES.items():
+    for binary, package in wanted.items():
         try:
             find(binary)
         except MissingBinaryError:
@@ -38,9 +38,9 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def ensure_packages(say: Callable[[str], None]) -> None:
+def ensure_packages(say: Callable[[str], None], wanted: Mapping[str, str] = PACKAGES) -> None:
     """Install what is missing, as root or by sudo without a password. Raises PackagesMissingError."""
-    missing = missing_packages()
+    missing = missing_packages(wanted)
     if not missing:
         return
     remedy = f"run: sudo apt-get install {' '.join(missing)}"
@@ -51,7 +51,7 @@ def ensure_packages(say: Callable[[str], None]) -> None:
         raise PackagesMissingError(f"{', '.join(missing)} not installed, and only root may do that; {remedy}")
     say(f"installing {' '.join(missing)} (their own services are left off)")
     done = subprocess.run([*prefix, "sh", "-c", _INSTALL, "sh", *missing], capture_output=True, text=True, check=False)
-    if done.returncode != 0 or missing_packages():
+    if done.returncode != 0 or missing_packages(wanted):
         last = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
         raise PackagesMissingError(f"{', '.join(missing)} could not be installed; {remedy}\n{last}")
 

@@ -36,6 +36,16 @@ def accepts(port: int) -> bool:
         return False
 
 
+def greets(port: int, hello: bytes) -> bool:
+    """Return whether whoever listens on the loopback port answers to ``hello`` within a second."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(hello)
+            return bool(connection.recv(1))
+    except OSError:
+        return False
+
+
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Poll until the condition holds; raise TimeoutError naming ``what`` after so many seconds."""
     deadline = time.monotonic() + seconds

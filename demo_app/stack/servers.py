@@ -1,4 +1,4 @@
-"""The real servers: PostgreSQL, Redis, Prometheus and Alertmanager from the system's packages.
+"""The real servers: PostgreSQL, Redis, RabbitMQ, Prometheus and Alertmanager from the system's packages.
 
 Each listens on a free loopback port, keeps its data in a folder of its own and touches nothing of the host's.
 """
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from demo_app.stack.process import Process, accepts, free_port
+from demo_app.stack.process import Process, accepts, free_port, greets
 
 PACKAGES = {
     "postgres": "postgresql",
@@ -22,6 +22,8 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
 }
 """Which Debian package brings which binary."""
+TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server"}
+"""The same for what the tests start and the demo does not."""
 
 
 class MissingBinaryError(RuntimeError):
@@ -125,6 +127,88 @@ class Redis(Server):
         return f"redis://127.0.0.1:{self.port}/0"
 
 
+class RabbitMQ(Server):
+    """RabbitMQ without plugins, a node of its own that joins no other; for tests, the demo does not need it.
+
+    The wrapper in ``/usr/sbin`` is passed by: it writes below ``/var``. A node has to register its name with the
+    Erlang port mapper, so one of its own is started beside it and ends with it.
+    """
+
+    def __init__(self, data: Path, *, port: int | None = None) -> None:
+        super().__init__("rabbitmq", data, port)
+        find("rabbitmq-server")  # names the package where it is missing
+        self.grace = 20.0
+        wanted = self.data
+        if os.geteuid() == 0:  # the data belong to a user of its own, as on a real host
+            self.user = "rabbitmq"
+            self.data = _reachable(self.data, self.user)
+        self._elsewhere = self.data != wanted
+        mapper = free_port()
+        self.ready = self._is_ready
+        self.env = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "HOME": str(self.data),
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(mapper),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"headroom{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": str(self.data / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.data / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_PID_FILE": str(self.data / "pid"),
+            "RABBITMQ_CONFIG_FILE": str(self.data / "rabbitmq"),
+            "RABBITMQ_CONF_ENV_FILE": str(self.data / "rabbitmq-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.data / "enabled_plugins"),
+        }
+        self.command = ["/usr/lib/rabbitmq/bin/rabbitmq-server"]
+        self._mapper = Process(
+            "epmd", [find("epmd"), "-port", str(mapper), "-address", "127.0.0.1"],
+            log=self.log_file.with_name("epmd.log"), user=self.user, ready=lambda: accepts(mapper),
+        )  # fmt: skip
+
+    def start(self, timeout: float = 90.0) -> None:
+        """Start with a folder and an Erlang cookie made for it."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        for name, text in {
+            "rabbitmq.conf": "disk_free_limit.absolute = 1MB\nvm_memory_high_watermark.relative = 0.6\n",
+            "rabbitmq-env.conf": "",
+            "enabled_plugins": "[].\n",
+        }.items():
+            (self.data / name).write_text(text)
+        if self.user:
+            shutil.chown(self.data, self.user, self.user)
+        self.cwd = self.data
+        if not self._mapper.running:
+            self._mapper.start()
+        super().start(timeout)
+
+    def stop(self) -> None:
+        """Stop the node and its port mapper; the data stay for the next start."""
+        super().stop()
+        self._mapper.stop()
+
+    def remove(self) -> None:
+        """Stop, and remove the data if they had to lie elsewhere than asked for."""
+        self.stop()
+        if self._elsewhere:
+            shutil.rmtree(self.data, ignore_errors=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def url(self) -> str:
+        """The URL of the default virtual host."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def _is_ready(self) -> bool:
+        """Return whether the broker greets: its port accepts before it does."""
+        return greets(self.port, b"AMQP\x00\x00\x09\x01")
+
+
 class Prometheus(Server):
     """Prometheus on a configuration file. Exemplars are on; ``POST /-/reload`` works."""
 
@@ -169,7 +253,7 @@ class Alertmanager(Server):
 def _reachable(data: Path, user: str) -> Path:
     """Return the folder, or one in the temporary directory where the user may not walk down to it.
 
-    A checkout below ``/root`` is closed to the user that PostgreSQL has to run as.
+    A checkout below ``/root`` is closed to the user that PostgreSQL or RabbitMQ runs as.
     """
     account = pwd.getpwnam(user)
     for parent in data.parents:
@@ -178,5 +262,5 @@ def _reachable(data: Path, user: str) -> Path:
         status = parent.stat()
         shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid == account.pw_gid else 0
         if not status.st_mode >> shift & 0o1:
-            return Path(tempfile.mkdtemp(prefix="headroom-postgres-"))
+            return Path(tempfile.mkdtemp(prefix=f"headroom-{user}-"))
     return data

@@ -365,6 +365,30 @@ QUEUE_IN_PROGRESS = _gauge(
     "jobs",
     "livemax",
 )
+QUEUE_DELAYED = _gauge(
+    "headroom_queue_delayed",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs that are not ready yet: due later, or waiting for another job to end.",
+    "jobs",
+    "livemax",
+)
+QUEUE_FAILED = _gauge(
+    "headroom_queue_failed",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Jobs that failed for good and are kept for somebody to look at.",
+    "jobs",
+    "livemax",
+)
+QUEUE_CONSUMERS = _gauge(
+    "headroom_queue_consumers",
+    "queue",
+    (_SYSTEM, _QUEUE, "priority"),
+    "Consumers that take jobs from the queue.",
+    "consumers",
+    "livemax",
+)
 QUEUE_OLDEST_AGE = _gauge(
     "headroom_queue_oldest_age_seconds",
     "queue",

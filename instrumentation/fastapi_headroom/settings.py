@@ -76,8 +76,8 @@ class Settings(BaseSettings):
     expected_workers: int | None = Field(default=None, ge=1)
     """Number of workers that should run; default: WEB_CONCURRENCY, else unknown."""
     queues: Words = ()
-    """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``. Spaces or commas between;
-    a comma inside the query string stays there."""
+    """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``, ``celery+amqp``, ``rq+redis``,
+    ``stream+redis``, ``list+redis``. Spaces or commas between; a comma inside the query string stays there."""
     tracing: bool = True
     """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
     keep_fastapi_telemetry: bool = False

@@ -78,7 +78,7 @@ def init_worker(
     """Measure the processes of a job worker: each child of a Celery worker claims a slot of its own.
 
     ``app`` is the Celery application. Call it in the module that the worker imports. Without an app (RQ, or a
-    script) this process is measured from now on.
+    script) this process is measured from now on; an RQ worker measures for the work-horses that it forks.
     """
     from fastapi_headroom.probes.queue import install_worker
 

@@ -23,7 +23,7 @@ from demo_app.stack import config, packages
 from demo_app.stack.grafana import Grafana, find_grafana
 from demo_app.stack.packages import PackagesMissingError, ensure_packages
 from demo_app.stack.process import wait_until
-from demo_app.stack.servers import MissingBinaryError
+from demo_app.stack.servers import TEST_PACKAGES, MissingBinaryError
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +157,19 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
         PackagesMissingError, match=r"^redis-server not installed.*run: sudo apt-get install redis-server$"
     ):
         ensure_packages(lambda _: None)
+
+
+def test_only_the_tests_need_rabbitmq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without RabbitMQ the demo misses nothing; the tests name its package."""
+
+    def find(binary: str) -> Path:
+        if binary == "rabbitmq-server":
+            raise MissingBinaryError(binary)
+        return Path("/usr/bin") / binary
+
+    monkeypatch.setattr(packages, "find", find)
+    assert packages.missing_packages() == []
+    assert packages.missing_packages(TEST_PACKAGES) == ["rabbitmq-server"]
 
 
 def test_alertmanager_hurries_and_tells_only_the_inbox(tmp_path: Path) -> None:

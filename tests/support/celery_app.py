@@ -12,13 +12,22 @@ from celery import Celery
 from fastapi_headroom.probes.queue import QueueProbe, install_worker
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
+from tests.support import queue_jobs
 
 BROKER = os.environ.get("TEST_BROKER_URL", "redis://127.0.0.1:1/0")
 GATE = "gate"
 """Redis list that the task ``hold`` waits on."""
 
+
+def transport_options(url: str) -> dict[str, Any]:
+    """Return the options for a broker: priorities on Redis; on RabbitMQ a publish that waits for its confirmation."""
+    if url.startswith("amqp"):
+        return {"confirm_publish": True}
+    return {"queue_order_strategy": "priority", "priority_steps": [0, 3, 6, 9]}
+
+
 app = Celery("jobs", broker=BROKER)
-app.conf.broker_transport_options = {"queue_order_strategy": "priority", "priority_steps": [0, 3, 6, 9]}
+app.conf.broker_transport_options = transport_options(BROKER)
 app.conf.task_default_queue = "mail"
 app.conf.task_ignore_result = True
 app.conf.worker_prefetch_multiplier = 1
@@ -47,6 +56,12 @@ def again(self: Any) -> None:
 def hold() -> None:
     """Run until the gate is opened, and be acknowledged only then."""
     redis.Redis.from_url(BROKER, socket_timeout=30).blpop([GATE], timeout=20)
+
+
+@app.task(name="jobs.kit", acks_late=True, autoretry_for=(ConnectionError,), default_retry_delay=0)
+def kit(folder: str, kind: str) -> None:
+    """Do the queue kit's job."""
+    queue_jobs.run(folder, kind)
 
 
 if directory := os.environ.get("HEADROOM_DIRECTORY"):

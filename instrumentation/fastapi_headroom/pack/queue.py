@@ -145,33 +145,71 @@ def _first_row() -> Row:
 
 
 def _backlog_row() -> Row:
+    # From the depth alone, so that it is there for queues whose workers measure nothing.
+    depth = _gauge(catalog.QUEUE_DEPTH)
+    falling = promql.by("max", _SAME, f"deriv({promql.shown(catalog.QUEUE_DEPTH, _QUEUES)}[{promql.INTERVAL}])")
     return Row(
         "Does it keep up?",
-        across(
-            9,
-            panels.lines(
-                "Age of the oldest job",
-                "Which queue falls behind? A straight climb means that nobody takes from it.",
-                "s",
-                Query(_gauge(catalog.QUEUE_OLDEST_AGE), _NAME),
-                Query(f"vector({promql.number(thresholds.QUEUE_AGE_SECONDS)})", "limit"),
-                limits=("limit",),
+        (
+            *across(
+                9,
+                panels.lines(
+                    "Age of the oldest job",
+                    "Which queue falls behind? A straight climb means that nobody takes from it.",
+                    "s",
+                    Query(_gauge(catalog.QUEUE_OLDEST_AGE), _NAME),
+                    Query(f"vector({promql.number(thresholds.QUEUE_AGE_SECONDS)})", "limit"),
+                    limits=("limit",),
+                ),
+                panels.lines(
+                    "Depth",
+                    "How much work lies ahead, by queue and priority?",
+                    "short",
+                    Query(_gauge(catalog.QUEUE_DEPTH), _NAME),
+                    stacked=True,
+                    decimals=0,
+                ),
+                panels.lines(
+                    "In against out",
+                    (
+                        "Do consumers finish what is published? Published above finished for long is a backlog in "
+                        "the making."
+                    ),
+                    "ops",
+                    Query(_published(), "published"),
+                    Query(_finished(), "finished"),
+                    colours={"published": palette.WARN, "finished": palette.GOOD},
+                ),
             ),
-            panels.lines(
-                "Depth",
-                "How much work lies ahead, by queue and priority?",
-                "short",
-                Query(_gauge(catalog.QUEUE_DEPTH), _NAME),
-                stacked=True,
-                decimals=0,
-            ),
-            panels.lines(
-                "In against out",
-                "Do consumers finish what is published? Published above finished for long is a backlog in the making.",
-                "ops",
-                Query(_published(), "published"),
-                Query(_finished(), "finished"),
-                colours={"published": palette.WARN, "finished": palette.GOOD},
+            *across(
+                8,
+                panels.lines(
+                    "Time to drain by queue",
+                    (
+                        "If it goes on shrinking as now, when is each queue empty? No line means that it is empty, or "
+                        "does not shrink."
+                    ),
+                    "s",
+                    Query(f"({depth} > 0) / -({falling} < 0)", _NAME),
+                ),
+                panels.lines(
+                    "Consumers",
+                    "Who takes jobs from the queue? None means that nobody does. Not every broker shows it.",
+                    "short",
+                    Query(_gauge(catalog.QUEUE_CONSUMERS), _NAME),
+                    decimals=0,
+                ),
+                panels.lines(
+                    "Delayed and failed",
+                    (
+                        "What else is there? Jobs that are due later or wait for another one, and those that failed "
+                        "for good and are kept. Only where the broker shows it."
+                    ),
+                    "short",
+                    Query(_gauge(catalog.QUEUE_DELAYED), f"delayed {_NAME}"),
+                    Query(_gauge(catalog.QUEUE_FAILED), f"failed {_NAME}"),
+                    decimals=0,
+                ),
             ),
         ),
     )

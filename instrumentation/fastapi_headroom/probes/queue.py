@@ -1,4 +1,4 @@
-"""The queue probe: jobs handed to Celery and run by its workers, and Starlette's BackgroundTasks.
+"""The queue probe: jobs handed to Celery and RQ and run by their workers, and Starlette's BackgroundTasks.
 
 Depth and age of queues are not measured here but polled by the exporter (``queue_adapters``), so that they are
 there when the app is down.
@@ -19,6 +19,7 @@ from fastapi_headroom.store.writer import Writer
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.queue_adapters.celery_hooks import CeleryHooks
+    from fastapi_headroom.probes.queue_adapters.rq_hooks import RQHooks
 
 _UID = "fastapi-headroom"
 
@@ -40,38 +41,49 @@ class QueueProbe:
         self.guard = Guard(self.name)
         self._background = BackgroundTaskHooks(self.guard)
         self._celery: CeleryHooks | None = None
+        self._rq: RQHooks | None = None
         self._writer: Writer | None = None
 
     def bind(self, writer: Writer) -> None:
-        """Attach to BackgroundTasks, and to Celery where the process has imported it."""
+        """Attach to BackgroundTasks, and to Celery and RQ where the process has imported them."""
         self._writer = writer
         self._background.bind(writer)
-        if self._celery is not None:
-            self._celery.bind(writer)
-        self._look_for_celery()
+        for hooks in (self._celery, self._rq):
+            if hooks is not None:
+                hooks.bind(writer)
+        self._look_for_libraries()
 
     def sample(self) -> None:
-        """Attach to Celery when the process imported it since."""
-        self._look_for_celery()
+        """Attach to Celery and RQ when the process imported them since."""
+        self._look_for_libraries()
 
     def close(self) -> None:
-        """Detach from both."""
+        """Detach from all of them."""
         self._writer = None
         self._background.close()
-        if self._celery is not None:
-            self._celery.close()
+        for hooks in (self._celery, self._rq):
+            if hooks is not None:
+                hooks.close()
 
-    def _look_for_celery(self) -> None:
-        if self._celery is not None or self._writer is None:
-            return
-        # An app that does not use Celery must not pay for its import; a module that is just being imported
+    def _look_for_libraries(self) -> None:
+        # An app that does not use a library must not pay for its import; a module that is just being imported
         # by another thread has no such attribute yet and is found at the next look.
-        if getattr(sys.modules.get("celery.app.base"), "Celery", None) is None:
+        if (writer := self._writer) is None:
             return
-        from fastapi_headroom.probes.queue_adapters.celery_hooks import CeleryHooks
+        if self._celery is None and _imported("celery.app.base", "Celery"):
+            from fastapi_headroom.probes.queue_adapters.celery_hooks import CeleryHooks
 
-        self._celery = CeleryHooks(self.guard)
-        self._celery.bind(self._writer)
+            self._celery = CeleryHooks(self.guard)
+            self._celery.bind(writer)
+        if self._rq is None and _imported("rq", "Worker") and _imported("rq", "SimpleWorker"):
+            from fastapi_headroom.probes.queue_adapters.rq_hooks import RQHooks
+
+            self._rq = RQHooks(self.guard)
+            self._rq.bind(writer)
+
+
+def _imported(module: str, attribute: str) -> bool:
+    return getattr(sys.modules.get(module), attribute, None) is not None
 
 
 def install_worker(bind: Callable[[], None], shutdown: Callable[[], None]) -> None:

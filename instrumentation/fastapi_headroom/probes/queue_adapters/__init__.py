@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
+from fastapi_headroom.probes.queue_adapters.celery_rabbitmq import CeleryRabbitMQPoller
+from fastapi_headroom.probes.queue_adapters.redis_lists import RedisListPoller
+from fastapi_headroom.probes.queue_adapters.redis_streams import RedisStreamPoller
+from fastapi_headroom.probes.queue_adapters.rq import RQPoller
 
 __all__ = ["Poller", "Sample", "poller_for"]
 
-_BY_SCHEME = {"celery+redis": CeleryRedisPoller, "celery+rediss": CeleryRedisPoller}
+
+class _Kind(Protocol):
+    def from_url(self, url: str) -> Poller: ...
+
+
+_BY_SCHEME: dict[str, _Kind] = {
+    "celery+redis": CeleryRedisPoller,
+    "celery+rediss": CeleryRedisPoller,
+    "celery+amqp": CeleryRabbitMQPoller,
+    "celery+amqps": CeleryRabbitMQPoller,
+    "rq+redis": RQPoller,
+    "rq+rediss": RQPoller,
+    "stream+redis": RedisStreamPoller,
+    "stream+rediss": RedisStreamPoller,
+    "list+redis": RedisListPoller,
+    "list+rediss": RedisListPoller,
+}
 
 
 def poller_for(url: str) -> Poller:

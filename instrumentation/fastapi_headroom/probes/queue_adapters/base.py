@@ -18,7 +18,7 @@ class Poller(Protocol):
 
     def poll(self) -> list[Sample]:
         """Return the samples of now. Raises what the client library raises when the broker cannot be reached,
-        within about a second; the next call tries to connect anew."""
+        within a few seconds; the next call tries to connect anew."""
 
     def close(self) -> None:
         """Close the connection. Idempotent; a later ``poll`` opens it again."""

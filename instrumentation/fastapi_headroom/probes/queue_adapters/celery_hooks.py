@@ -25,7 +25,8 @@ from fastapi_headroom import catalog, ledger
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER, BoundedNames
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters.celery import ENQUEUED_AT, parse_eta
+from fastapi_headroom.probes.queue_adapters.celery import ENQUEUED_AT
+from fastapi_headroom.probes.queue_adapters.times import parse_time
 from fastapi_headroom.store.writer import Histogram, Writer
 from fastapi_headroom.tracing import spans
 
@@ -156,7 +157,7 @@ class CeleryHooks:
             enqueued = request.get(ENQUEUED_AT)
             if not isinstance(enqueued, int | float):
                 return  # from a publisher without this hook
-            ready = max(float(enqueued), (parse_eta(request.eta) if isinstance(request.eta, str) else None) or 0.0)
+            ready = max(float(enqueued), (parse_time(request.eta) if isinstance(request.eta, str) else None) or 0.0)
             handle = self._wait.get(key)
             if handle is None:
                 handle = self._wait[key] = writer.histogram(catalog.QUEUE_WAIT, *key)

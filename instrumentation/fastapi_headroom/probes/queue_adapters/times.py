@@ -1,0 +1,14 @@
+"""Times as libraries write them into jobs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def parse_time(text: str) -> float | None:
+    """Return an ISO 8601 time as seconds since 1970 (UTC where it names no zone), None when it is no time."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
