@@ -70,9 +70,12 @@ async def _open(postgres: Postgres, redis_server: Redis) -> dict[str, Callable[[
 
 def benchmark(quick: bool) -> Iterator[Row]:
     """Yield one row per library."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Postgres(Path(folder) / "postgres") as postgres, Redis(Path(folder) / "redis") as redis_server:
-            yield from _rows(quick, postgres, redis_server)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Postgres(Path(folder) / "postgres") as postgres,
+        Redis(Path(folder) / "redis") as redis_server,
+    ):
+        yield from _rows(quick, postgres, redis_server)
 
 
 def _rows(quick: bool, postgres: Postgres, redis_server: Redis) -> Iterator[Row]:
