@@ -31,6 +31,18 @@ BATCH = 20
 """Checkouts of async pools in one run of the loop, whose own cost is then small."""
 
 
+class _Stream(httpcore.AsyncMockStream):
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class _Answering(httpcore.AsyncMockBackend):
+    """A network that answers every request alike."""
+
+    async def connect_tcp(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+        return _Stream([])
+
+
 async def _no_reset(connection: Any) -> None:
     """Leave out the statement that asyncpg resets a connection with: it would hide what is measured."""
 
@@ -41,8 +53,7 @@ async def _open(postgres: Postgres, redis_server: Redis) -> dict[str, Callable[[
     await psy.open(wait=True)
     red = redis.asyncio.BlockingConnectionPool.from_url(redis_server.url, max_connections=2)
     refusing = redis.asyncio.ConnectionPool.from_url(redis_server.url, max_connections=2)
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-    http = httpcore.AsyncConnectionPool(network_backend=httpcore.AsyncMockBackend([answer] * 10_000_000))
+    http = httpcore.AsyncConnectionPool(network_backend=_Answering([]))
 
     async def of_asyncpg() -> None:
         await pg.release(await pg.acquire())
@@ -95,6 +106,7 @@ def _rows(quick: bool, postgres: Postgres, redis_server: Redis) -> Iterator[Row]
         work[name] = (lambda checkout=checkout: loop.run_until_complete(_batch(checkout)), BATCH)
     writer, probe = Writer.in_memory(), OtherPoolsProbe()
     for name, (call, calls) in work.items():
+        call()
         alone, more = added(call, lambda: probe.bind(writer), probe.close, 5 if quick else 21, 1_000 // calls)
         yield Row(f"{name}: added, and alone", "us", more / calls, alone / calls, budget=BUDGET)
     sync.close()
