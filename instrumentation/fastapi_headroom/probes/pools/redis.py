@@ -102,6 +102,20 @@ def _begin(meter: Meter) -> Wait:
     return wait
 
 
+def _begin_async(meter: Meter, pool: Any) -> Wait:
+    """Begin a wait, or none where a connection is there and nobody stands in line: on one loop it stays there."""
+    try:
+        if not meter.waiting and _limited(meter) and not pool._condition.locked() and pool.can_get_connection():
+            meter.at_once()
+            wait = Wait(meter, None)
+            wait.waits = False
+            waiting.set(wait)
+            return wait
+    except AttributeError:  # a version that looks otherwise inside
+        pass
+    return _begin(meter)
+
+
 def _wrap_get(meters: Meters, refusal: type[Exception], original: Any) -> Any:
     def get_connection(pool: Any, *args: Any, **options: Any) -> Any:
         meter = meters.of(pool)
@@ -126,7 +140,7 @@ def _wrap_async_get(meters: Meters, refusal: type[Exception], original: Any) -> 
         meter = meters.of(pool)
         if meter is None:
             return await original(pool, *args, **options)
-        wait, refused = _begin(meter), None
+        wait, refused = _begin_async(meter, pool), None
         try:
             connection = await original(pool, *args, **options)
         except BaseException as error:
