@@ -23,6 +23,7 @@ BENCHMARKS = {
     "query": "A request with one query and one cache read",
     "store": "Store and scrape",
     "pool": "Pool",
+    "pools": "Pools of other libraries",
     "cache": "Cache",
     "startup": "Start-up",
     "memory": "Memory",

@@ -9,11 +9,12 @@ from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.pools.probe import OtherPoolsProbe
 from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.request import RequestProbe
 from fastapi_headroom.probes.runtime import RuntimeProbe
 
-PROBES = (RequestProbe, HttpClientProbe, PoolProbe, CacheProbe, LoopProbe, QueueProbe, RuntimeProbe)
+PROBES = (RequestProbe, HttpClientProbe, PoolProbe, OtherPoolsProbe, CacheProbe, LoopProbe, QueueProbe, RuntimeProbe)
 OF_THE_EXPORTER = {catalog.WORKERS, catalog.REMAINING, catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE}
 OF_THE_EXPORTER |= {catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED, catalog.QUEUE_CONSUMERS}
 OF_THE_EXPORTER |= {catalog.QUEUE_IN_PROGRESS, catalog.WORKER_RESTARTS}  # restarts: the store, when it claims a slot

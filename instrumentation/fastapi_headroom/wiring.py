@@ -22,6 +22,7 @@ from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.pools.probe import OtherPoolsProbe
 from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.registry import RegistrySnapshot
 from fastapi_headroom.probes.request import RequestProbe
@@ -46,7 +47,7 @@ def init(
     """Measure an app; return a handle whose ``shutdown()`` undoes it.
 
     FastAPI and Starlette apps are measured in place. Another ASGI callable is measured through the handle:
-    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines and Redis clients names of your own;
+    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines, pools and Redis clients names of your own;
     all others are found and named by themselves. ``settings`` are the fields of
     :class:`~fastapi_headroom.settings.Settings`. A second ``init`` of the same app returns the same handle.
 
@@ -148,10 +149,12 @@ class Runtime:
         )
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
+        self.other_pools = OtherPoolsProbe()
         self.cache = CacheProbe(settings)
         self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
             self.pool,
+            self.other_pools,
             self.cache,
             HttpClientProbe(),
             self.loop,
@@ -168,8 +171,8 @@ class Runtime:
         self.unwatch = watch_redirect(self._redirected)
 
     def name(self, pools: Mapping[str, Any], caches: Mapping[str, Any]) -> None:
-        """Give engines and cache clients the names that the user chose."""
-        self.pool.name_engines(pools)
+        """Give engines, pools and cache clients the names that the user chose."""
+        self.pool.name_engines(self.other_pools.name_pools(pools))
         self.cache.name_clients(caches)
 
     def first_serve(self, kind: str = "worker") -> None:
