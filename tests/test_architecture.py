@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "thresholds": {"errors"},
     "settings": {"errors"},
     "ledger": set(),
+    "apps": set(),
     "holds": set(),
     "sockets": set(),
     "driver": {"ledger", "holds", "sockets"},
@@ -34,13 +35,13 @@ ARROWS: dict[str, set[str]] = {
         "probes.queue_adapters",
     },
     "pack": {"catalog", "thresholds", "errors"},
-    "wiring": {"settings", "errors", "store.writer", "probes", "tracing", "exporter"},
+    "wiring": {"apps", "settings", "errors", "store.writer", "probes", "tracing", "exporter"},
     "testing": {"wiring", "settings", "store.writer", "errors", "probes"},
     "pytest_plugin": {"testing"},
     "cli": {"settings", "errors", "exporter", "pack"},
     "__init__": {"wiring", "probes.cache"},
 }  # fmt: skip
-STANDARD_LIBRARY_ONLY = {"ledger", "driver", "holds", "sockets"}
+STANDARD_LIBRARY_ONLY = {"apps", "ledger", "driver", "holds", "sockets"}
 NEVER = {
     "exporter": {"fastapi", "starlette", "sqlalchemy"},
     "advice": {"fastapi"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi_headroom import settings as settings_module
+from fastapi_headroom.apps import Apps
 from fastapi_headroom.errors import MissingExtraError, NotASGIError
 from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.probes.base import Probe
@@ -58,13 +59,11 @@ def init(
         )
     with _lock:
         runtime = _open_runtime(settings)
-        handle = runtime.handles.get(id(app))
-        if handle is not None:
+        if app in runtime.apps:
             log.info("fastapi-headroom: init() was called again for the same app; the first call stands")
-            return handle
+            return runtime.apps.handle_of(app) or Handle(app, runtime)
         runtime.name(pools or {}, caches or {})
-        handle = runtime.handles[id(app)] = Handle(app, runtime)
-        return handle
+        return Handle(app, runtime)
 
 
 def init_worker(
@@ -89,8 +88,7 @@ def init_worker(
             runtime.first_serve()
         else:
             install_worker(runtime.first_serve, runtime.stop)
-        handle = runtime.handles[id(app)] = Handle(None, runtime)
-        return handle
+        return runtime.apps.handle_of(None) or Handle(None, runtime)
 
 
 class Handle:
@@ -99,6 +97,8 @@ class Handle:
     def __init__(self, app: Any, runtime: Runtime) -> None:
         self.app, self._runtime = app, runtime
         self._measured: ASGIApp | None = None if app is None else runtime.request.instrument(app)
+        # An app that is served by itself can be dropped by its user; a wrapped one is served by us.
+        runtime.apps.add(app, self, weakly=app is not None and self._measured is app)
 
     @property
     def settings(self) -> Settings:
@@ -120,11 +120,12 @@ class Handle:
         """Stop measuring this app; with the last one every patched thing is put back. Idempotent."""
         global _runtime
         with _lock:
-            if self._runtime.handles.pop(id(self.app), None) is None:
+            if self._runtime.apps.handle_of(self.app) is not self:
                 return
+            self._runtime.apps.discard(self.app)
             if self.app is not None:
                 self._runtime.request.uninstrument(self.app)
-            if not self._runtime.handles:
+            if not self._runtime.apps:
                 self._runtime.stop()
                 self._runtime.unwatch()
                 if _runtime is self._runtime:
@@ -136,7 +137,7 @@ class Runtime:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.handles: dict[int, Handle] = {}
+        self.apps: Apps[Handle] = Apps()
         self.writer: Writer | None = None
         self.tracing = Tracing(settings)
         self.loop = LoopProbe(settings)
@@ -245,8 +246,7 @@ class Runtime:
 
     def _trace(self) -> None:
         self._may_trace = True
-        apps = [handle.app for handle in self.handles.values() if handle.app is not None]
-        self.request.owns_tracing = self.tracing.start(*apps)
+        self.request.owns_tracing = self.tracing.start(*self.apps.living())
 
     def _sample(self, stopping: threading.Event) -> None:
         while not stopping.wait(self.settings.sample_interval):
