@@ -32,12 +32,12 @@ from fastapi_headroom.probes.routes import SCOPE_KEY
 from fastapi_headroom.probes.server_timing import exchange_class
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing.apps import telemetry_is_configured
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 Call = Callable[..., Any]
 _CLASSES: tuple[type[Any], ...] = (FastAPI, Starlette)
 _TELEMETRY_KEY = "fastapi.telemetry"
-_SWITCHES = frozenset({"tracing", "metrics", "logs", "operation_spans"})
 
 
 class RequestProbe:
@@ -312,9 +312,7 @@ class _Measured:
         app = self.app()
         config = getattr(app, "_telemetry", None)
         native = getattr(app, "_native_telemetry", None)
-        if keep or not isinstance(config, dict) or native is None:
-            return False
-        if any(bool(value) != (name in _SWITCHES) for name, value in config.items()):
+        if keep or not isinstance(config, dict) or native is None or telemetry_is_configured(app):
             return False
         return owns_tracing or not native.enabled()
 

@@ -114,7 +114,7 @@ class Tracing:
 
         excluded = excluded_urls(self._settings.excluded_paths)
         for app in apps:
-            if can_be_traced(app):
+            if can_be_traced(app, self._settings.keep_fastapi_telemetry):
                 self._apps.add(TracedApp(app, provider, excluded))
 
 
