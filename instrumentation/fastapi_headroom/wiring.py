@@ -18,6 +18,7 @@ from fastapi_headroom import settings as settings_module
 from fastapi_headroom.apps import Apps
 from fastapi_headroom.errors import MissingExtraError, NotASGIError
 from fastapi_headroom.exporter.election import Election
+from fastapi_headroom.own_io import own_io
 from fastapi_headroom.probes.base import Probe
 from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
@@ -203,7 +204,9 @@ class Runtime:
         if self.settings.exporter:
             self._election = Election(self.settings)
             self._election.start()
-        log.info("fastapi-headroom: %s", self._where(writer))
+        with own_io():
+            where = self._where(writer)
+        log.info("fastapi-headroom: %s", where)
 
     def _bind(self, writer: Writer) -> None:
         for probe in self.probes:
@@ -229,11 +232,12 @@ class Runtime:
                 self.forked()
 
     def _open_store(self) -> Writer:
-        return Writer.open(
-            self.settings.store_directory,
-            group_readable=self.settings.group_readable,
-            max_series=self.settings.max_series,
-        )
+        with own_io():
+            return Writer.open(
+                self.settings.store_directory,
+                group_readable=self.settings.group_readable,
+                max_series=self.settings.max_series,
+            )
 
     def _where(self, writer: Writer) -> str:
         text = f"worker {writer.worker} writes to {self.settings.store_directory}"
@@ -246,7 +250,8 @@ class Runtime:
 
     def _trace(self) -> None:
         self._may_trace = True
-        self.request.owns_tracing = self.tracing.start(*self.apps.living())
+        with own_io():  # the packages of OpenTelemetry look for their metadata
+            self.request.owns_tracing = self.tracing.start(*self.apps.living())
 
     def _sample(self, stopping: threading.Event) -> None:
         while not stopping.wait(self.settings.sample_interval):
@@ -269,12 +274,13 @@ class Runtime:
 
     def _flush(self) -> None:
         """Hand over what is collected at intervals: the process may end now."""
-        self.registry.flush()
-        self.tracing.flush()
+        with own_io():
+            self.registry.flush()
+            self.tracing.flush()
 
     def stop(self) -> None:
         """Undo all that ``first_serve`` did."""
-        with _lock:
+        with _lock, own_io():
             self._stopping.set()
             if self._election is not None:
                 self._election.stop()
