@@ -18,14 +18,16 @@ ARROWS: dict[str, set[str]] = {
     "thresholds": {"errors"},
     "settings": {"errors"},
     "ledger": set(),
+    "apps": set(),
+    "own_io": set(),
     "holds": set(),
     "sockets": set(),
     "driver": {"ledger", "holds", "sockets"},
-    "store": {"catalog", "errors"},
+    "store": {"catalog", "errors", "own_io"},
     "tracing": {"settings", "ledger", "errors"},
     "probes": {
         "catalog", "errors", "settings", "thresholds", "ledger", "driver", "holds", "sockets", "tracing",
-        "store.writer",
+        "store.writer", "own_io",
     },
     "advice": {"catalog", "thresholds"},
     "exporter": {
@@ -34,13 +36,13 @@ ARROWS: dict[str, set[str]] = {
         "probes.queue_adapters",
     },
     "pack": {"catalog", "thresholds", "errors"},
-    "wiring": {"settings", "errors", "store.writer", "probes", "tracing", "exporter"},
+    "wiring": {"apps", "own_io", "settings", "errors", "store.writer", "probes", "tracing", "exporter"},
     "testing": {"wiring", "settings", "store.writer", "errors", "probes"},
     "pytest_plugin": {"testing"},
     "cli": {"settings", "errors", "exporter", "pack"},
     "__init__": {"wiring", "probes.cache"},
 }  # fmt: skip
-STANDARD_LIBRARY_ONLY = {"ledger", "driver", "holds", "sockets"}
+STANDARD_LIBRARY_ONLY = {"apps", "own_io", "ledger", "driver", "holds", "sockets"}
 NEVER = {
     "exporter": {"fastapi", "starlette", "sqlalchemy"},
     "advice": {"fastapi"},

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fastapi_headroom import settings as settings_module
+from fastapi_headroom.apps import Apps
 from fastapi_headroom.errors import MissingExtraError, NotASGIError
 from fastapi_headroom.exporter.election import Election
+from fastapi_headroom.own_io import own_io
 from fastapi_headroom.probes.base import Probe
 from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
@@ -59,13 +61,11 @@ def init(
         )
     with _lock:
         runtime = _open_runtime(settings)
-        handle = runtime.handles.get(id(app))
-        if handle is not None:
+        if app in runtime.apps:
             log.info("fastapi-headroom: init() was called again for the same app; the first call stands")
-            return handle
+            return runtime.apps.handle_of(app) or Handle(app, runtime)
         runtime.name(pools or {}, caches or {})
-        handle = runtime.handles[id(app)] = Handle(app, runtime)
-        return handle
+        return Handle(app, runtime)
 
 
 def init_worker(
@@ -90,8 +90,7 @@ def init_worker(
             runtime.first_serve()
         else:
             install_worker(runtime.first_serve, runtime.stop)
-        handle = runtime.handles[id(app)] = Handle(None, runtime)
-        return handle
+        return runtime.apps.handle_of(None) or Handle(None, runtime)
 
 
 class Handle:
@@ -100,6 +99,8 @@ class Handle:
     def __init__(self, app: Any, runtime: Runtime) -> None:
         self.app, self._runtime = app, runtime
         self._measured: ASGIApp | None = None if app is None else runtime.request.instrument(app)
+        # An app that is served by itself can be dropped by its user; a wrapped one is served by us.
+        runtime.apps.add(app, self, weakly=app is not None and self._measured is app)
 
     @property
     def settings(self) -> Settings:
@@ -121,11 +122,12 @@ class Handle:
         """Stop measuring this app; with the last one every patched thing is put back. Idempotent."""
         global _runtime
         with _lock:
-            if self._runtime.handles.pop(id(self.app), None) is None:
+            if self._runtime.apps.handle_of(self.app) is not self:
                 return
+            self._runtime.apps.discard(self.app)
             if self.app is not None:
                 self._runtime.request.uninstrument(self.app)
-            if not self._runtime.handles:
+            if not self._runtime.apps:
                 self._runtime.stop()
                 self._runtime.unwatch()
                 if _runtime is self._runtime:
@@ -137,7 +139,7 @@ class Runtime:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.handles: dict[int, Handle] = {}
+        self.apps: Apps[Handle] = Apps()
         self.writer: Writer | None = None
         self.tracing = Tracing(settings)
         self.loop = LoopProbe(settings)
@@ -205,7 +207,9 @@ class Runtime:
         if self.settings.exporter:
             self._election = Election(self.settings)
             self._election.start()
-        log.info("fastapi-headroom: %s", self._where(writer))
+        with own_io():
+            where = self._where(writer)
+        log.info("fastapi-headroom: %s", where)
 
     def _bind(self, writer: Writer) -> None:
         for probe in self.probes:
@@ -231,11 +235,12 @@ class Runtime:
                 self.forked()
 
     def _open_store(self) -> Writer:
-        return Writer.open(
-            self.settings.store_directory,
-            group_readable=self.settings.group_readable,
-            max_series=self.settings.max_series,
-        )
+        with own_io():
+            return Writer.open(
+                self.settings.store_directory,
+                group_readable=self.settings.group_readable,
+                max_series=self.settings.max_series,
+            )
 
     def _where(self, writer: Writer) -> str:
         text = f"worker {writer.worker} writes to {self.settings.store_directory}"
@@ -248,8 +253,8 @@ class Runtime:
 
     def _trace(self) -> None:
         self._may_trace = True
-        apps = [handle.app for handle in self.handles.values() if handle.app is not None]
-        self.request.owns_tracing = self.tracing.start(*apps)
+        with own_io():  # the packages of OpenTelemetry look for their metadata
+            self.request.owns_tracing = self.tracing.start(*self.apps.living())
 
     def _sample(self, stopping: threading.Event) -> None:
         while not stopping.wait(self.settings.sample_interval):
@@ -272,12 +277,13 @@ class Runtime:
 
     def _flush(self) -> None:
         """Hand over what is collected at intervals: the process may end now."""
-        self.registry.flush()
-        self.tracing.flush()
+        with own_io():
+            self.registry.flush()
+            self.tracing.flush()
 
     def stop(self) -> None:
         """Undo all that ``first_serve`` did."""
-        with _lock:
+        with _lock, own_io():
             self._stopping.set()
             if self._election is not None:
                 self._election.stop()

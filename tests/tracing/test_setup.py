@@ -14,6 +14,8 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.instrumentation.sqlalchemy.engine import EngineTracer
 from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -231,6 +233,62 @@ async def test_fastapi_telemetry_with_a_provider_of_its_own_is_left_alone(traces
     assert await get(app, "/") == 200
     assert len(own.finished(SpanKind.SERVER)) == 1
     assert traces.finished(SpanKind.SERVER) == []
+
+
+@pytest.mark.skipif(not hasattr(FastAPI(), "_telemetry"), reason="this FastAPI has no telemetry of its own")
+@pytest.mark.parametrize("name", ["operation_spans", "logs", "exclude", "meter_provider"])
+async def test_fastapi_telemetry_that_the_user_configured_goes_on(traces: Traces, tracing: Tracing, name: str) -> None:
+    """What the user told FastAPI's own telemetry still holds, and a request has exactly one server span, its own."""
+    reader = InMemoryMetricReader()
+    values = {
+        "operation_spans": False,
+        "logs": False,
+        "exclude": lambda scope: scope["path"] == "/healthz",
+        "meter_provider": MeterProvider([reader]),
+    }
+    app = FastAPI(telemetry={name: values[name]})
+
+    @app.get("/healthz")
+    @app.get("/items/{number}")
+    async def root() -> None: ...
+
+    assert tracing.start(app)
+    assert [await get(app, path) for path in ("/items/7", "/healthz")] == [200, 200]
+    servers = traces.finished(SpanKind.SERVER)
+    assert {span.instrumentation_scope.name for span in servers if span.instrumentation_scope} == {"fastapi"}
+    assert len(servers) == (1 if name == "exclude" else 2)
+    if name == "operation_spans":
+        assert traces.finished() == servers
+    if name == "meter_provider":
+        assert "http.server.request.duration" in (reader.get_metrics_data() or MetricsData([])).to_json()
+
+
+@pytest.mark.skipif(not hasattr(FastAPI(), "_telemetry"), reason="this FastAPI has no telemetry of its own")
+async def test_fastapi_telemetry_that_a_setting_keeps_makes_the_server_span(traces: Traces) -> None:
+    """keep_fastapi_telemetry leaves an app that nobody configured to FastAPI: one span and no silent metrics."""
+    tracing, app = Tracing(load({}, keep_fastapi_telemetry=True)), FastAPI()
+    try:
+        assert tracing.start(app)
+        assert await get(app, "/docs") == 200
+    finally:
+        tracing.stop()
+    (server,) = traces.finished(SpanKind.SERVER)
+    assert server.instrumentation_scope is not None
+    assert server.instrumentation_scope.name == "fastapi"
+
+
+@pytest.mark.skipif(not hasattr(FastAPI(), "_telemetry"), reason="this FastAPI has no telemetry of its own")
+async def test_metrics_of_an_app_without_fastapis_tracing_go_on(traces: Traces, tracing: Tracing) -> None:
+    """Who switched FastAPI's spans off and gave its metrics a provider keeps these; with all off the span is ours."""
+    reader = InMemoryMetricReader()
+    metered = FastAPI(telemetry={"tracing": False, "meter_provider": MeterProvider([reader])})
+    silent = FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})
+    assert tracing.start(metered, silent)
+    assert await get(metered, "/docs") == 200
+    assert "http.server.request.duration" in (reader.get_metrics_data() or MetricsData([])).to_json()
+    assert traces.finished(SpanKind.SERVER) == []
+    assert await get(silent, "/docs") == 200
+    assert len(traces.finished(SpanKind.SERVER)) == 1
 
 
 async def test_excluded_paths_have_no_span(traces: Traces) -> None:

@@ -50,7 +50,11 @@ class Place:
     def owner(self) -> Any:
         """Return the class or module that has the attribute, None when there is none. The module is imported."""
         module = sys.modules[self.module]
-        return getattr(module, self.cls, None) if self.cls else module
+        if not self.cls:
+            return module
+        cls = getattr(module, self.cls, None)
+        # A base class may have it: Python 3.13 keeps Path.read_bytes there.
+        return next((base for base in getattr(cls, "__mro__", ()) if self.attribute in vars(base)), cls)
 
 
 _SLOW: Final = BLOCKING_CALL_SECONDS

@@ -32,12 +32,12 @@ from fastapi_headroom.probes.routes import SCOPE_KEY
 from fastapi_headroom.probes.server_timing import exchange_class
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing.apps import telemetry_is_configured
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 Call = Callable[..., Any]
 _CLASSES: tuple[type[Any], ...] = (FastAPI, Starlette)
 _TELEMETRY_KEY = "fastapi.telemetry"
-_SWITCHES = frozenset({"tracing", "metrics", "logs", "operation_spans"})
 
 
 class RequestProbe:
@@ -79,27 +79,26 @@ class RequestProbe:
 
     def instrument(self, app: Any) -> ASGIApp:
         """Measure an app. Returns the app itself, or a wrapper when it is not of FastAPI's or Starlette's classes."""
-        for measured in self._apps.values():
-            if measured.app() is app:
-                return measured.served_by or app  # type: ignore[no-any-return]
+        known = self._apps.get(id(app))
+        if known is not None:
+            return known.served_by or app  # type: ignore[no-any-return]
         cls = next((cls for cls in _CLASSES if isinstance(app, cls)), None)
         if cls is None:
             wrapper = Wrapper(app, self)
-            self._apps[id(wrapper)] = _Measured(lambda: app, wrapper)
+            measured = self._apps[id(wrapper)] = self._apps[id(app)] = _Measured(lambda: app, wrapper)
         else:
             key, apps = id(app), self._apps
-            apps[key] = _Measured(weakref.ref(app, lambda _: apps.pop(key, None)), None)
+            measured = apps[key] = _Measured(weakref.ref(app, lambda _: apps.pop(key, None)), None)
             self._wrap_class(cls)
         if self._table is not None:
-            self._add_routes()
-            self.sample()
+            self._look_at(measured, self._table)
         return app if cls is not None else wrapper
 
     def uninstrument(self, app: Any) -> None:
         """Stop measuring an app. Idempotent."""
-        for key, measured in tuple(self._apps.items()):
-            if measured.app() is app:
-                del self._apps[key]
+        measured = self._apps.pop(id(app), None)
+        if measured is not None:
+            self._apps.pop(id(measured.served_by), None)
         if not self._apps:
             self._unwrap_classes()
 
@@ -118,8 +117,8 @@ class RequestProbe:
 
     def sample(self) -> None:
         """Find out whether FastAPI's own telemetry is wanted; see ``_Measured.telemetry_dormant``."""
-        for measured in tuple(self._apps.values()):
-            measured.stand_aside = measured.telemetry_dormant(self._settings.keep_fastapi_telemetry, self.owns_tracing)
+        for measured in list(self._apps.values()):
+            self._look_for_telemetry(measured)
 
     def rearm(self) -> None:
         """Forget a parent process: the first scope calls ``on_first_serve`` again."""
@@ -138,19 +137,34 @@ class RequestProbe:
         self._tasks.detach()
 
     def _add_routes(self) -> None:
+        """Announce the routes of all apps: after bind, and when a request found a route that is new."""
         table = self._table
         if table is None:
             return
         table.announce(UNMATCHED)
-        for measured in tuple(self._apps.values()):
-            found: Iterable[Any] = getattr(measured.app(), "routes", ())
-            try:
-                for template in routes.templates(found):
-                    table.announce(template)
-                for template in routes.templates(found, websocket=True):
-                    table.websocket(template)
-            except Exception as error:  # an app with routes of another kind is measured all the same
-                self.guard.failed(error)
+        for measured in list(self._apps.values()):
+            self._announce(measured, table)
+
+    def _announce(self, measured: _Measured, table: Table) -> None:
+        found: Iterable[Any] = getattr(measured.app(), "routes", ())
+        try:
+            for template in routes.templates(found):
+                table.announce(template)
+            for template in routes.templates(found, websocket=True):
+                table.websocket(template)
+        except Exception as error:  # an app with routes of another kind is measured all the same
+            self.guard.failed(error)
+
+    def _look_for_telemetry(self, measured: _Measured) -> None:
+        measured.stand_aside = measured.telemetry_dormant(self._settings.keep_fastapi_telemetry, self.owns_tracing)
+
+    def _look_at(self, measured: _Measured, table: Table) -> None:
+        """Find out what is to be known of one app, whose routes often come after ``init``. Never raises."""
+        try:
+            self._announce(measured, table)
+            self._look_for_telemetry(measured)
+        except Exception as error:
+            self.guard.failed(error)
 
     def measure(self, original: Call) -> Call:
         """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
@@ -168,6 +182,9 @@ class RequestProbe:
             if self._loop is not (loop := running_loop()):
                 self._enter_loop(loop)
             table = self._table
+            if measured.new and table is not None:
+                self._look_at(measured, table)
+                measured.new = scope["type"] == "lifespan"  # where routes are added too
             if table is None or scope["type"] != "http" or (self._excludes and self._is_excluded(scope)):
                 return await self._serve_other(measured, original, app, scope, receive, send)
             if measured.stand_aside:
@@ -276,13 +293,15 @@ class RequestProbe:
 class _Measured:
     """What the probe knows of one app."""
 
-    __slots__ = ("app", "served_by", "stand_aside")
+    __slots__ = ("app", "new", "served_by", "stand_aside")
 
     def __init__(self, app: Callable[[], Any], served_by: Any) -> None:
         self.app = app
         self.served_by = served_by
         """What the server calls: None for the app itself."""
         self.stand_aside = False
+        self.new = True
+        """It has served no request yet."""
 
     def telemetry_dormant(self, keep: bool, owns_tracing: bool) -> bool:
         """Return whether FastAPI's own telemetry may be told to stand aside.
@@ -293,9 +312,7 @@ class _Measured:
         app = self.app()
         config = getattr(app, "_telemetry", None)
         native = getattr(app, "_native_telemetry", None)
-        if keep or not isinstance(config, dict) or native is None:
-            return False
-        if any(bool(value) != (name in _SWITCHES) for name, value in config.items()):
+        if keep or not isinstance(config, dict) or native is None or telemetry_is_configured(app):
             return False
         return owns_tracing or not native.enabled()
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
+from fastapi_headroom.own_io import own_io
 from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.settings import Settings
@@ -71,10 +72,11 @@ class RuntimeProbe:
             for generation, stats in enumerate(gc.get_stats())
         ]
         self._listeners_due = self._limit_due = 0.0
-        self._set(catalog.PROCESS_START, procfs.start_time())
-        self._set(catalog.PROCESS_MAX_FDS, _descriptor_limit())
-        self._describe(writer).set(1.0)
-        self.sample()
+        with own_io():
+            self._set(catalog.PROCESS_START, procfs.start_time())
+            self._set(catalog.PROCESS_MAX_FDS, _descriptor_limit())
+            self._describe(writer).set(1.0)
+            self.sample()
 
     def sample(self) -> None:
         """Write the gauges and bring the counters of the system up to date."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import StoreError
+from fastapi_headroom.own_io import own_io
 from fastapi_headroom.store import exemplars, layout, memory
 from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.handles import Gauge
@@ -68,7 +69,8 @@ class SlotFiles:
         """Return where exemplars go, made when first asked for; None without a file."""
         if self._ring is None and self.directory is not None and self.slot is not None and self._taken_over:
             try:
-                self._ring = exemplars.Ring(self.directory / exemplars.file_name(self.slot.number), self._mode)
+                with own_io():
+                    self._ring = exemplars.Ring(self.directory / exemplars.file_name(self.slot.number), self._mode)
             except OSError as error:
                 self.degrade(error)
         return self._ring
@@ -245,7 +247,8 @@ class SlotFiles:
     def _create(self, stem: str) -> Region:
         if self.directory is not None and self.slot is not None and self._taken_over:
             try:
-                return Region.create(self._path(stem), self._capacity, self._mode)
+                with own_io():
+                    return Region.create(self._path(stem), self._capacity, self._mode)
             except OSError as error:
                 self.degrade(error)
         return Region.anonymous(self._capacity)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 _BUILD = "build_middleware_stack"
+_SWITCHES = frozenset({"tracing", "metrics", "logs", "operation_spans"})
+"""What is on in FastAPI's telemetry when nobody configures it; all else is off, or None."""
 
 
 class TracedApp:
@@ -80,14 +82,34 @@ def _stand_aside(_: Any, scope: Any) -> None:
     scope.setdefault("fastapi.telemetry", None)
 
 
-def can_be_traced(app: Any) -> bool:
-    """Return whether the app is FastAPI's or Starlette's and has no server span by the user's own doing."""
+def can_be_traced(app: Any, keep_fastapi_telemetry: bool = False) -> bool:
+    """Return whether the app is FastAPI's or Starlette's and has no server span by the user's own doing.
+
+    With ``keep_fastapi_telemetry`` FastAPI's own telemetry is that of the user, configured or not.
+    """
     if not hasattr(app, _BUILD) or getattr(app, "_is_instrumented_by_opentelemetry", False):
         return False
     if any(_makes_server_spans(middleware.cls) for middleware in getattr(app, "user_middleware", ())):
         return False
-    own = getattr(app, "_telemetry", None)  # FastAPI(telemetry={"tracer_provider": ...})
-    return not (isinstance(own, dict) and own.get("tracer_provider") is not None)
+    wanted = keep_fastapi_telemetry or telemetry_is_configured(app)
+    return not (wanted and _reports_by_itself(app))
+
+
+def _reports_by_itself(app: Any) -> bool:
+    """Return whether FastAPI's own telemetry has something to report when there is a tracer provider.
+
+    It makes the server span then, if any. All of it, metrics and logs too, falls silent beside the instrumentation.
+    """
+    config, native = getattr(app, "_telemetry", None), getattr(app, "_native_telemetry", None)
+    return isinstance(config, dict) and native is not None and bool(config.get("tracing") or native.enabled())
+
+
+def telemetry_is_configured(app: Any) -> bool:
+    """Return whether the user gave ``FastAPI(telemetry=...)`` anything but what it is without that."""
+    config = getattr(app, "_telemetry", None)
+    if not isinstance(config, dict):
+        return False
+    return any(bool(value) != (name in _SWITCHES) for name, value in config.items())
 
 
 def _makes_server_spans(middleware: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from fastapi_headroom.errors import HeadroomError, MissingExtraError, SettingsError
@@ -36,7 +37,8 @@ class Tracing:
         self._provider: TracerProvider | None = None
         self._owned = False
         self._failed = False
-        self._apps: list[TracedApp] = []
+        self._apps: weakref.WeakSet[TracedApp] = weakref.WeakSet()
+        # Each lives as long as its app, whose methods it has replaced.
         self._engines: EngineTracing | None = None
         if settings.tracing and otlp_requested():
             try:
@@ -111,7 +113,9 @@ class Tracing:
         from fastapi_headroom.tracing.apps import TracedApp, can_be_traced, excluded_urls
 
         excluded = excluded_urls(self._settings.excluded_paths)
-        self._apps += [TracedApp(app, provider, excluded) for app in apps if can_be_traced(app)]
+        for app in apps:
+            if can_be_traced(app, self._settings.keep_fastapi_telemetry):
+                self._apps.add(TracedApp(app, provider, excluded))
 
 
 def configured_provider() -> TracerProvider | None:
