@@ -110,6 +110,9 @@ def _rows(quick: bool, postgres: Postgres, redis_server: Redis) -> Iterator[Row]
         alone, more = added(call, lambda: probe.bind(writer), probe.close, 5 if quick else 21, 1_000 // calls)
         yield Row(f"{name}: added, and alone", "us", more / calls, alone / calls, budget=BUDGET)
     sync.close()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0.1))
 
 
 async def _batch(checkout: Callable[[], Awaitable[None]]) -> None:
