@@ -19,7 +19,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
 from fastapi_headroom.probes.blocks import Block
-from fastapi_headroom.probes.loop import Heartbeat
+from fastapi_headroom.probes.heartbeat import Heartbeat
 from fastapi_headroom.probes.pulse import Pulse
 from fastapi_headroom.probes.watchdog import Watchdog
 from fastapi_headroom.store.writer import Writer
