@@ -75,6 +75,7 @@ class Held:
         self._lack = self._lack_first = self.lack_last = lack
         self._ready_first = clocks.ready
         self._pending = 0.0
+        self._running = True
         self._known = False
         if look is not None and look.began is not None:
             exact = look.began - (time.perf_counter() - time.monotonic())
@@ -104,17 +105,21 @@ class Held:
             if not self._known:
                 self._ready_first = clocks.ready
                 self._lack_first = lack
-        elif running:  # the kernel counts a wait for a CPU when it is over
-            self._pending += self.unaccounted(clocks)
         else:
-            self._pending = 0.0
-        self._pending = max(0.0, self._pending)
+            self._pending = self.pending(clocks) if running else 0.0
+        self._running = running
         self.at_last, self.lack_last = clocks, lack
 
-    def unaccounted(self, clocks: Clocks) -> float:
-        """Return the seconds since the last look in which the thread neither ran nor, as yet, waited for a CPU."""
+    def pending(self, clocks: Clocks) -> float:
+        """Return seconds for which the loop's thread may have waited for a CPU without the kernel having counted them.
+
+        It counts a wait when that is over. A thread that slept at the last look is taken to have slept on.
+        """
+        if not self._running:
+            return 0.0
         last = self.at_last
-        return (clocks.at - last.at) - (clocks.cpu - last.cpu) - (clocks.ready - last.ready)
+        passed = (clocks.at - last.at) - (clocks.cpu - last.cpu) - (clocks.ready - last.ready)
+        return max(0.0, self._pending + passed)
 
     def lacked(self, lack: Lack) -> float:
         """Return seconds for which the watchdog got no CPU to look at it."""

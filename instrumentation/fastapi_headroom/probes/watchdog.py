@@ -55,6 +55,8 @@ class Watchdog(threading.Thread):
         self._marker = Marker()
         self._marker.passed = True
         self._looks = self._steps = 0
+        self._stretched = False
+        """A step was as long as a block, but only for want of a CPU."""
         self._late = 0.0
         self._finished: Beat | None = None
         # About this thread.
@@ -183,7 +185,7 @@ class Watchdog(threading.Thread):
         return None if frame is None else look_at(frame, self.pulse.depth, waited, self.pulse.outer_frame())
 
     def _mark(self) -> None:
-        """Let the loop tell when it goes on to another iteration, and see that the step goes on after that was asked."""
+        """Let the loop tell when it goes on to another iteration, and see that the step is there after that."""
         held, pulse = self._held, self.pulse
         if not self._marker.passed or held is None or held.look is None:
             return
@@ -225,6 +227,7 @@ class Watchdog(threading.Thread):
         clocks = self.pulse.clocks(time.monotonic())
         if beat is not self._beat or held is None:
             self._looks = self._steps = 0
+            self._stretched = False
             held = Held(look, beat.began, beat.clocks.at, beat.clocks, self._lack_settled)
             first = max(beat.due, now - kept) if kept else looked
         elif not same:
@@ -253,8 +256,10 @@ class Watchdog(threading.Thread):
 
     def _step_over(self, held: Held, beat: Beat, clocks: Clocks, now: float) -> None:
         """Report a step that was a block, when the loop was found in the next one."""
-        if self._is_block(held, beat, clocks, pending=held.unaccounted(clocks)):
+        if self._is_block(held, beat, clocks, pending=held.pending(clocks)):
             self._report(held, clocks._replace(at=max(held.last, (held.last + now) / 2)))
+        elif now - held.earliest >= self._threshold and held.last - held.first >= self._threshold / 5:
+            self._stretched = True
 
     def _finish(self, ended: Ended) -> None:
         """Report a block that the beat ended, if it was one."""
@@ -264,7 +269,7 @@ class Watchdog(threading.Thread):
             self._report(held, clocks)
         elif held is None or self._steps == 0:
             self._unseen(ended, held)
-        elif clocks.ready - beat.clocks.ready >= self._threshold / 4:
+        elif self._stretched or clocks.ready - beat.clocks.ready >= self._threshold / 4:
             self._over(starved_block(beat, clocks))  # else many short steps, of which none is to blame
         self._settle()
 
@@ -310,6 +315,7 @@ class Watchdog(threading.Thread):
         self._forget()
         self._late = 0.0
         self._looks = self._steps = 0
+        self._stretched = False
         self._judge.elsewhere = {}
         self._beat = self._held = None
         self._lack_settled = self._lack
