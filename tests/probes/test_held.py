@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastapi_headroom.probes.blame import Look, Sample
-from fastapi_headroom.probes.held import SLACK, Held, Lack, Marker
+from fastapi_headroom.probes.held import SLACK, Held, Marker
+from fastapi_headroom.probes.lack import Lack
 from fastapi_headroom.probes.pulse import Beat, Clocks
 
 SAMPLE = Sample("app:view:1", (1, 5, 40), in_call=True, waited=0.0, stack=())

@@ -12,11 +12,11 @@ not run, and the time that our own thread was, while it may have kept the GIL or
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Final
 
 from fastapi_headroom.probes.blame import Look, Sample
 from fastapi_headroom.probes.blocks import in_flight
+from fastapi_headroom.probes.lack import Lack
 from fastapi_headroom.probes.pulse import Beat, Clocks
 
 MOST_SAMPLES: Final = 50
@@ -36,20 +36,6 @@ class Marker:
     def __call__(self) -> None:
         """Take note of it."""
         self.passed = True
-
-
-@dataclass(frozen=True, slots=True)
-class Lack:
-    """Seconds since it began for which the watchdog's thread itself was ready and got no CPU."""
-
-    waiting: float = 0.0
-    """To look: nobody saw what ran meanwhile."""
-    looking: float = 0.0
-    """It may have kept the GIL, and so stopped the loop."""
-
-    def plus(self, waiting: float = 0.0, looking: float = 0.0) -> Self:
-        """Return this and more."""
-        return replace(self, waiting=self.waiting + waiting, looking=self.looking + looking)
 
 
 class Held:

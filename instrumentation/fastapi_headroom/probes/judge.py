@@ -9,7 +9,8 @@ from typing import Final
 from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.blame import UNKNOWN, Cause, Evidence, Sample, cause_of, most_common
 from fastapi_headroom.probes.blocks import Block, in_flight
-from fastapi_headroom.probes.held import Held, Lack
+from fastapi_headroom.probes.held import Held
+from fastapi_headroom.probes.lack import Lack
 from fastapi_headroom.probes.pulse import Beat, Clocks
 
 MOST_THREADS: Final = 64

@@ -20,8 +20,9 @@ from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import Look, look_at
 from fastapi_headroom.probes.blocks import Block, Reporter
-from fastapi_headroom.probes.held import Held, Lack, Marker
+from fastapi_headroom.probes.held import Held, Marker
 from fastapi_headroom.probes.judge import Judge, starved_block
+from fastapi_headroom.probes.lack import Lack, OwnClock
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
 
 LONG_TURN: Final = 0.05
@@ -60,8 +61,9 @@ class Watchdog(threading.Thread):
         self._late = 0.0
         self._finished: Beat | None = None
         # About this thread.
-        self._lack = self._lack_settled = Lack()
-        self._ready = self._loop_ready = 0.0
+        self._own: OwnClock | None = None
+        self._lack_settled = Lack()
+        self._loop_ready = 0.0
         self._threads_due = 0.0
 
     def stop(self, *, wait: bool = True) -> None:
@@ -73,8 +75,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look at the heartbeat whenever the next one may be late, and each tick while it is."""
-        own = procfs.ThreadStat(threading.get_native_id())
-        self._ready = _ready(own)
+        own = self._own = OwnClock(threading.get_native_id())
         while not self._stopped:
             self._loop_ready = max(self._loop_ready, self.pulse.beat.clocks.ready)
             asleep = time.monotonic()
@@ -82,14 +83,14 @@ class Watchdog(threading.Thread):
             time.sleep(nap)
             now = time.monotonic()
             try:
-                self._look(now, max(0.0, now - asleep - nap), own)
+                self._look(now, max(0.0, now - asleep - nap))
             except Exception as error:
                 self._guard.failed(error)
                 time.sleep(1.0)  # whatever it was, do not spin on it
                 now = time.monotonic()
             looked = time.monotonic() - now
             if looked > SHORT_WAIT:
-                self._lack = self._lack.plus(looking=self._lacked(looked, own))
+                own.looked(looked)
         own.close()
         if self._closes:
             self.pulse.close()
@@ -126,6 +127,10 @@ class Watchdog(threading.Thread):
                 self._settle()
         self._abandon()
 
+    @property
+    def _lack(self) -> Lack:
+        return Lack() if self._own is None else self._own.lack
+
     # ------------------------------------------------------------------ looking
     def _nap(self, now: float) -> float:
         """Return the seconds until the next look is due."""
@@ -137,7 +142,7 @@ class Watchdog(threading.Thread):
             return self._tick
         return max(LEAST_NAP, min(remaining, 3 * self._tick))
 
-    def _look(self, now: float, waited: float, own: procfs.ThreadStat) -> None:
+    def _look(self, now: float, waited: float) -> None:
         """``waited`` is how long this thread itself wanted to run and could not, in seconds."""
         pulse = self.pulse
         beat = pulse.beat
@@ -152,7 +157,7 @@ class Watchdog(threading.Thread):
             look = None  # the step has gone on to stop us
         over = pulse.ended[0].beat if pulse.ended else None
         same = look is not None and self._held is not None and self._held.is_found_by(look, marker)
-        kept = self._explain(waited, own) if suspect or waited >= SHORT_WAIT else 0.0
+        kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
         if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
             self._note(beat, look, same, now, looked, kept)
         while pulse.ended:
@@ -173,7 +178,8 @@ class Watchdog(threading.Thread):
         if now >= self._threads_due:
             self._threads_due = now + THREADS_INTERVAL
             self._judge.look_at_threads()
-            self._ready = _ready(own)
+            if self._own is not None:
+                self._own.start_anew()
 
     def _sample(self, waited: float) -> Look | None:
         """Look at the loop's stack, and at all others too, for one of them may keep the GIL."""
@@ -199,13 +205,12 @@ class Watchdog(threading.Thread):
             if again is None or again.base is not held.look.base:
                 self._forget()
 
-    def _explain(self, waited: float, own: procfs.ThreadStat) -> float:
+    def _explain(self, waited: float) -> float:
         """Find out how much of this thread's wait was for want of a CPU; return for how long the GIL was kept from it.
 
         That is 0 when it was not kept in one go. Whoever keeps it may have got no CPU either.
         """
-        lacked = self._lacked(waited, own)
-        self._lack = self._lack.plus(waiting=lacked)
+        lacked = 0.0 if self._own is None else self._own.waited(waited)
         if waited < self._long_turn:
             return 0.0
         times = self.pulse.thread.times()
@@ -215,11 +220,6 @@ class Watchdog(threading.Thread):
             return 0.0
         self._late += kept
         return kept
-
-    def _lacked(self, most: float, own: procfs.ThreadStat) -> float:
-        """Return for how long this thread got no CPU since it was asked before, at most ``most`` seconds."""
-        before, self._ready = self._ready, _ready(own)
-        return max(0.0, min(most, self._ready - before))
 
     def _note(self, beat: Beat, look: Look, same: bool, now: float, looked: float, kept: float) -> None:
         """Keep a look at what may become a block."""
@@ -319,8 +319,3 @@ class Watchdog(threading.Thread):
         self._judge.elsewhere = {}
         self._beat = self._held = None
         self._lack_settled = self._lack
-
-
-def _ready(thread: procfs.ThreadStat) -> float:
-    times = thread.times()
-    return 0.0 if times is None else times[1]
