@@ -110,6 +110,7 @@ class _Watched:
         self._watchdog = Watchdog(pulse, self._vigil, self._guard, self._threshold)
         self._heartbeat.start(depth)
         self._watchdog.start()
+        self._watchdog.watches.wait(1.0)
 
     def finish(self, now: float) -> None:
         """Stop, once what has happened up to ``now`` is known."""

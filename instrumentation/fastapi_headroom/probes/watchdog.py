@@ -49,6 +49,8 @@ class Watchdog(threading.Thread):
         self._long_turn = min(LONG_TURN, threshold / 2)
         self._judge = Judge(threshold)
         self._stopped = self._closes = False
+        self.watches = threading.Event()
+        """Set once it looks: how long the GIL is kept from it before that, it cannot tell."""
         self.recent: deque[Block] = deque(maxlen=MOST_RECENT)
         # About the late beat that is being looked at; _settle clears them.
         self._beat: Beat | None = None
@@ -80,6 +82,8 @@ class Watchdog(threading.Thread):
             self._loop_ready = max(self._loop_ready, self.pulse.beat.clocks.ready)
             asleep = time.monotonic()
             nap = self._nap(asleep)
+            if not self.watches.is_set():
+                self.watches.set()
             time.sleep(nap)
             now = time.monotonic()
             try:
