@@ -81,8 +81,8 @@ def test_site_is_the_deepest_frame_of_the_users_code() -> None:
 def test_frames_that_run_the_loop_are_not_to_blame() -> None:
     """With all frames left out as the loop's own, what is left is the innermost alone."""
     frame = sys._getframe()
-    assert len(look_at(frame, depth_of(frame)).stack) == 1
-    assert len(look_at(frame, depth_of(frame) - 2).stack) == 2
+    assert len(look_at(frame, depth_of(frame)).sample.stack) == 1
+    assert len(look_at(frame, depth_of(frame) - 2).sample.stack) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from fastapi_headroom.probes.loop import LoopProbe
+from fastapi_headroom.probes.procfs import ThreadStat
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 from tests.probes.loops import DELAY, RUNS, Run, measured, until
@@ -54,6 +56,69 @@ def test_missed_beats_are_filled_in(run: Run) -> None:
     run(main())
 
 
+def test_tenth_of_the_time_in_long_spells_shows_in_the_p99(run: Run) -> None:
+    """A loop stuck a tenth of the time in 500 ms spells has its p99 above 250 ms: 5 % of its delays are."""
+
+    async def main() -> None:
+        async with measured() as (writer, _):
+            for _ in range(2):
+                await asyncio.sleep(2.25)
+                time.sleep(0.5)  # noqa: ASYNC251
+                await asyncio.sleep(2.25)
+            assert share_above(writer, "0.25") == pytest.approx(0.05, abs=0.015)
+
+    run(main())
+
+
+@pytest.mark.parametrize("hold", [spin, time.sleep], ids=["computing", "sleeping"])
+def test_delay_is_right(run: Run, hold: Callable[[float], None]) -> None:
+    """What is recorded is how late the loop was to within 5 ms, for holds of 20 to 300 ms that begin at any moment."""
+
+    async def error(probe: LoopProbe, seconds: float) -> float:
+        heartbeat = probe._heartbeat
+        assert heartbeat is not None
+        heartbeat.worst = 0.0
+        due = heartbeat._pulse.beat.due
+        hold(seconds)
+        late = time.monotonic() - due
+        await until(lambda: heartbeat._pulse.beat.due != due)
+        return heartbeat.worst - max(0.0, late)
+
+    async def main() -> None:
+        async with measured() as (_, probe):
+            for number in range(20):
+                for _ in range(10):  # again when another process had the CPU between the hold and the beat
+                    await asyncio.sleep(0.03 + number % 5 * 0.003)
+                    off = await error(probe, 0.02 + number * 0.015)
+                    if abs(off) < 0.005:
+                        break
+                assert abs(off) < 0.005
+
+    run(main())
+
+
+def test_failure_of_the_rest_is_not_tried_on_each_beat(run: Run) -> None:
+    """What is done once a second is not done again with each beat when it fails."""
+
+    async def main() -> None:
+        writer, probe = Writer.in_memory(), LoopProbe(Settings())
+        probe.guard.bind(writer)
+        calls: list[float] = []
+
+        def fail() -> float:
+            calls.append(time.monotonic())
+            raise RuntimeError("on purpose")
+
+        probe._each_second = fail  # type: ignore[method-assign]
+        probe.bind(writer)
+        await asyncio.sleep(0.5)
+        probe.close()
+        assert len(calls) == 1
+        assert writer.value("headroom_probe_errors_total", probe="loop") == 1
+
+    run(main())
+
+
 def test_long_block_is_filled_in_cheaply(run: Run) -> None:
     """A block of many beats is recorded in full, with at most about a thousand observations."""
 
@@ -77,21 +142,33 @@ def test_long_block_is_filled_in_cheaply(run: Run) -> None:
 def test_half_busy_loop(run: Run, hold: Callable[[float], None]) -> None:
     """A loop that is held half of the time reads 0.4 to 0.6, whether it computes or sleeps in a blocking call."""
 
+    async def measure(probe: LoopProbe) -> tuple[float, float]:
+        """Return the share of time that the loop was held, and that in which its thread waited for a CPU."""
+        stat = ThreadStat(threading.get_native_id())
+        probe._history.clear()
+        probe.sample()
+        ready = (stat.times() or (0.0, 0.0))[1]
+        began, held = time.monotonic(), 0.0
+        while time.monotonic() - began < 2.5:
+            start = time.monotonic()
+            hold(0.02)
+            held += time.monotonic() - start
+            await asyncio.sleep(max(0.001, held * 2 - (time.monotonic() - began)))
+        probe.sample()
+        took = time.monotonic() - began
+        robbed = ((stat.times() or (0.0, 0.0))[1] - ready) / took
+        stat.close()
+        return held / took, robbed
+
     async def main() -> None:
         async with measured() as (writer, probe):
-            probe.sample()
-            probe._history.clear()
-            probe.sample()
-            began, held = time.monotonic(), 0.0
-            while time.monotonic() - began < 2.5:
-                start = time.monotonic()
-                hold(0.02)
-                held += time.monotonic() - start
-                await asyncio.sleep(max(0.001, held * 2 - (time.monotonic() - began)))
-            probe.sample()
-            assert writer.value(UTILIZATION, worker="0") == pytest.approx(held / (time.monotonic() - began), abs=0.1)
+            for _ in range(4):  # a wait for a CPU between two holds rightly counts as well
+                held, robbed = await measure(probe)
+                if robbed < 0.05:
+                    break
+            assert writer.value(UTILIZATION, worker="0") == pytest.approx(held, abs=0.1 + robbed)
             cpu = writer.value("headroom_event_loop_cpu_ratio", worker="0")
-            assert cpu > 0.2 if hold is spin else cpu < 0.2
+            assert cpu > held - robbed - 0.2 if hold is spin else cpu < 0.2
 
     run(main())
 
@@ -101,13 +178,17 @@ def test_idle_loop(run: Run) -> None:
 
     async def main() -> None:
         async with measured() as (writer, probe):
-            probe._history.clear()
-            probe.sample()
-            used = time.process_time()
-            await asyncio.sleep(1)
-            used = time.process_time() - used
-            probe.sample()
-            assert writer.value(UTILIZATION, worker="0") < 0.1
+            for _ in range(5):  # a wait for a CPU that another process has is no idle time
+                probe._history.clear()
+                probe.sample()
+                used = time.process_time()
+                await asyncio.sleep(1)
+                used = time.process_time() - used
+                probe.sample()
+                utilization = writer.value(UTILIZATION, worker="0")
+                if utilization < 0.1 and used < 0.02:
+                    break
+            assert utilization < 0.1
             assert used < 0.02  # 0.3 % on a quiet machine; a busy one makes every wake-up dearer
 
     run(main())

@@ -16,7 +16,6 @@ def test_1000_of_1000_blocks_are_noticed(loop: str) -> None:
     assert RUNS[loop](loop_proofs.notices_blocks(1000)) == (1000, 0)
 
 
-@pytest.mark.xfail(strict=False, reason="a rare step is blamed under contention: open")
 @pytest.mark.parametrize("loop", list(RUNS))
 def test_two_minutes_of_many_short_steps_under_contention_are_no_block(loop: str) -> None:
     """Two minutes of tasks that step without a pause, beside two processes that take the CPU, blame no code."""

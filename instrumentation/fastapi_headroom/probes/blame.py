@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from inspect import CO_COROUTINE, CO_ITERABLE_COROUTINE
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, CO_ITERABLE_COROUTINE
+from itertools import dropwhile
 from pathlib import Path
 from statistics import median
 from types import CodeType, FrameType
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from fastapi_headroom.ledger import Ledger
 
@@ -30,7 +31,7 @@ STACK_LINES: Final = 12
 _OURS: Final = str(Path(__file__).parents[1])
 _DRIVER: Final = "fastapi_headroom.driver"
 _STDLIB: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
-_COROUTINE: Final = CO_COROUTINE | CO_ITERABLE_COROUTINE
+_RESUMES: Final = CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR
 _PACKAGES: Final = ("/site-packages/", "/dist-packages/")
 
 
@@ -46,11 +47,24 @@ class Sample:
     waited: float
     """Seconds that the sampling thread waited for the GIL, or a CPU, before it could look."""
     stack: tuple[str, ...]
-    """``file:line function``, innermost first."""
-    step: tuple[int, int] = (0, 0)
-    """Which step of the loop runs: the same twice in a row means that the loop did not go on to other work."""
+    """``file:line function``, innermost first; without the frames of this package that the call goes through."""
     ledger: Ledger | None = None
     """That of the request whose step runs."""
+
+
+class Look(NamedTuple):
+    """A sample, and the frame that tells the step that it found from others."""
+
+    sample: Sample
+    base: FrameType | None
+    """Outermost frame of the step: a coroutine's, or that of a function which the loop called."""
+    began: float | None
+    """When the step began (``time.perf_counter``), where the step driver knows it: exactly, for those of requests."""
+
+    @property
+    def resumes(self) -> bool:
+        """Return whether the base frame lives on when its step is over: that of a coroutine does."""
+        return self.base is not None and bool(self.base.f_code.co_flags & _RESUMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +124,8 @@ def _in_one_call(samples: Sequence[Sample]) -> bool:
     return median(sample.waited for sample in samples) < sys.getswitchinterval() / 2
 
 
-def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameType | None = None) -> Sample:
-    """Return a sample of the stack that ends in ``frame``, looked at after waiting ``waited`` seconds for the GIL.
+def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameType | None = None) -> Look:
+    """Look at the stack that ends in ``frame``, after waiting ``waited`` seconds for the GIL.
 
     ``skip`` is the number of outermost frames that belong to whoever runs the loop: they are on every stack and
     are never to blame. ``outer`` is where the stack goes on when ``frame`` runs in a greenlet: SQLAlchemy's async
@@ -125,15 +139,17 @@ def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameTy
     inner = frames[: len(frames) - skip]
     code = frame.f_code
     frames = inner or frames[:1]
-    return Sample(
+    shown = list(dropwhile(_is_ours, frames)) or frames
+    sample = Sample(
         site=site_of(frames),
         position=(id(frame), len(frames), frame.f_lasti),
         in_call=_in_call(code, frame.f_lasti),
         waited=waited,
-        stack=tuple(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_qualname}" for f in frames[:STACK_LINES]),
-        step=_step(inner[-1]) if inner else (0, 0),
+        stack=tuple(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_qualname}" for f in shown[:STACK_LINES]),
         ledger=_ledger(frames),
     )
+    base = inner[-1] if inner else None
+    return Look(sample, base, None if base is None else _began(base))
 
 
 def site_of(frames: Iterable[FrameType]) -> str:
@@ -193,16 +209,16 @@ def _in_call(code: CodeType, instruction: int) -> bool:
     return not ("JUMP" in name or name in ("RESUME", "NOP", "SEND"))
 
 
-def _step(base: FrameType) -> tuple[int, int]:
-    """Return what tells a step of the loop from those before and after it, given its outermost frame.
+def _is_ours(frame: FrameType) -> bool:
+    return owner_of(frame.f_code.co_filename) == "ours"
 
-    A coroutine's frame lives as long as its task. A function's may get the address of the one before, so the object
-    whose method it is tells more: the step driver's, a protocol's.
-    """
-    code = base.f_code
-    if code.co_flags & _COROUTINE or code.co_varnames[:1] != ("self",):
-        return id(base), 0
-    return id(base), id(base.f_locals.get("self"))
+
+def _began(base: FrameType) -> float | None:
+    """Return when the step driver, if it is what the loop called, began the step."""
+    if base.f_globals.get("__name__") != _DRIVER:
+        return None
+    began = base.f_locals.get("started")
+    return began if isinstance(began, float) else None
 
 
 def _ledger(frames: Iterable[FrameType]) -> Ledger | None:

@@ -19,36 +19,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextvars import Context
-from random import random
 from typing import ClassVar, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
-from fastapi_headroom.holds import note_late_beat
 from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import depth_of
 from fastapi_headroom.probes.blocking import BlockingCalls
 from fastapi_headroom.probes.blocks import Account
-from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
+from fastapi_headroom.probes.heartbeat import Heartbeat
+from fastapi_headroom.probes.pulse import Pulse
 from fastapi_headroom.probes.threadpool import Threadpool
 from fastapi_headroom.probes.watchdog import Watchdog
 from fastapi_headroom.settings import Settings
-from fastapi_headroom.store.writer import Gauge, Histogram, Writer
+from fastapi_headroom.store.writer import Gauge, Writer
 
-INTERVAL: Final = 0.016
-"""Mean seconds between two beats; each comes up to a quarter of it sooner or later, so that no load keeps step."""
-HELD: Final = 0.00125
-"""Seconds from which on a beat is late because the loop was held: timers of a free loop are up to 1 ms late."""
 WINDOW: Final = 15.0
 """Seconds that the gauges look back."""
-MOST_FILLED: Final = 500
-"""Missed beats that are recorded one by one; of a longer block's, several at a time."""
 TASKS_SHARE: Final = 0.001
 """Share of the loop's time that counting its tasks may take."""
 
@@ -190,109 +180,3 @@ class LoopProbe:
             gauge = self._gauges[metric.name] = self._writer.gauge(metric, self._writer.worker)
         if gauge is not None:
             gauge.set(value)
-
-
-def _name_library() -> None:
-    """Say in this context that the loop is asyncio's.
-
-    AnyIO asks sniffio, where that is installed, and sniffio recognises asyncio by the current task: here is none.
-    """
-    sniffio = sys.modules.get("sniffio")
-    if sniffio is not None:
-        sniffio.current_async_library_cvar.set("asyncio")
-
-
-class Heartbeat:
-    """Calls itself on one loop and records how late it was called."""
-
-    def __init__(
-        self,
-        pulse: Pulse,
-        delay: Histogram,
-        guard: Guard,
-        threshold: float,
-        each_second: Callable[[], float],
-        interval: float = INTERVAL,
-    ) -> None:
-        self._interval = interval
-        self._pulse, self._delay, self._guard, self._threshold = pulse, delay, guard, threshold
-        self._each_second = each_second
-        self._second_due = 0.0
-        self._context = Context()  # an own, empty one: the request that started us must not live on in it
-        self._context.run(_name_library)
-        self._handle: asyncio.TimerHandle | None = None
-        self._stopped = False
-        self.asleep = 0.0
-        """Seconds that the thread slept while it held the loop, up to the last beat."""
-        self.worst = 0.0
-        """Longest delay since somebody set it to 0."""
-
-    def start(self, depth: int | None = None) -> None:
-        """Schedule the first beat. Call it from a callback of the loop; from a task give the frames below its own."""
-        self._resume(time.monotonic(), depth_of(sys._getframe(2)) if depth is None else depth)
-
-    def stop(self) -> None:
-        """Cancel the next beat. Safe from any thread, and when the loop is closed."""
-        self._stopped = True
-        if self._handle is not None:
-            self._handle.cancel()
-
-    def asleep_until(self, clocks: Clocks) -> float:
-        """Return seconds that the thread slept while it held the loop, those of a hold that lasts included."""
-        beat = self._pulse.beat
-        late = clocks.at - beat.due
-        return self.asleep + (max(0.0, late - (clocks.cpu - beat.clocks.cpu)) if late > HELD else 0.0)
-
-    def _resume(self, now: float, depth: int) -> None:
-        """Take the loop as free now, whatever came before. ``depth`` is that of the frame that runs its callbacks."""
-        self._pulse.paused = False
-        self._pulse.depth = depth
-        self._schedule(self._pulse.clocks(now), now)
-
-    def _beat(self) -> None:
-        if self._stopped:
-            return
-        now = time.monotonic()
-        pulse = self._pulse
-        try:
-            if pulse.paused:
-                self._resume(now, depth_of(sys._getframe(1)))
-                return
-            clocks = pulse.clocks(now)
-            before = pulse.beat
-            late = max(0.0, now - before.due)
-            note_late_beat(pulse.loop, late, now - before.clocks.at)
-            missed = 0
-            if late < HELD:
-                self._delay.observe(late)
-            else:
-                missed = self._record(before, clocks, late)
-            if late > self.worst:
-                self.worst = late
-            if now >= self._second_due:
-                self._second_due = now + self._each_second()
-            self._schedule(clocks, before.due + missed * self._interval)
-        except Exception as error:
-            self._guard.failed(error)
-            self._schedule(pulse.clocks(now), now)
-
-    def _record(self, before: Beat, clocks: Clocks, late: float) -> int:
-        """Record a late beat and those that it made the loop miss; return the number of the latter."""
-        missed = int(late / self._interval)
-        step = 1 + missed // MOST_FILLED
-        for filled in range(0, missed + 1, step):
-            self._delay.observe_many(late - filled * self._interval, min(step, missed + 1 - filled))
-        # Not more than passed since the beat before, and only what is not in the CPU's part.
-        computed = clocks.cpu - before.clocks.cpu + clocks.ready - before.clocks.ready
-        if computed < late / 2:
-            self.asleep += max(0.0, min((missed + 1) * self._interval, clocks.at - before.clocks.at - computed))
-        if before.is_block(clocks.at, self._threshold):
-            self._pulse.ended.append(Ended(before, clocks))
-        return missed
-
-    def _schedule(self, clocks: Clocks, since: float) -> None:
-        due = since + self._interval * (0.75 + 0.5 * random())
-        # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
-        delay = max(1, round((due - clocks.at) * 1e3)) * 1e-3
-        self._pulse.beat = Beat(clocks, clocks.at + delay)
-        self._handle = self._pulse.loop.call_later(delay, self._beat, context=self._context)

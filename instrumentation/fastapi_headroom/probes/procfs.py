@@ -10,6 +10,8 @@ import os
 import platform
 import socket
 import struct
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,17 @@ class ThreadStat:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+def thread_cpu(native_id: int) -> float | None:
+    """Return the CPU seconds of a thread of this process; None when it has ended, or where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        # The clock of a thread, made as the C library makes it, but from an id that may be one of the past.
+        return time.clock_gettime((~native_id << 3) | 6)
+    except OSError:
+        return None
 
 
 def resident_memory(proc: Path = PROC) -> int | None:

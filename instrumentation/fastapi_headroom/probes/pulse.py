@@ -15,6 +15,8 @@ from fastapi_headroom.probes import procfs
 
 MOST_ENDED: Final = 1000
 """Blocks that wait to be accounted for; the watchdog comes by every few milliseconds."""
+READY_INTERVAL: Final = 0.1
+"""Seconds between two looks at the time without a CPU, while the loop is free: reading it is dearer than the rest."""
 
 
 def _gil_enabled() -> bool:
@@ -80,6 +82,8 @@ class Pulse:
         self.paused = False
         """The loop was found not running; how late the next beat is means nothing."""
         self.ended: deque[Ended] = deque(maxlen=MOST_ENDED)
+        self.seen: deque[FrameType | None] = deque()
+        """Frames that the watchdog is done with: what they hold is let go of on the loop's thread, as without it."""
         self._clock = time.pthread_getcpuclockid(self.ident) if hasattr(time, "pthread_getcpuclockid") else None
         self._greenlet: Any = None
         self.find_greenlet()
@@ -88,6 +92,7 @@ class Pulse:
         gc.callbacks.append(self._callback)
         now = time.monotonic()
         self.beat = Beat(self.clocks(now), now)
+        self._ready_due = now
 
     def clocks(self, now: float) -> Clocks:
         """Read the clocks at ``now``. Safe from any thread."""
@@ -104,6 +109,13 @@ class Pulse:
         began = self._collection_began
         return Clocks(now, cpu, ready, process, self._collected + (now - began if began else 0.0))
 
+    def clocks_on_time(self, now: float) -> Clocks:
+        """Read the clocks at ``now``, on the loop's thread, when the loop was free: ``ready`` may be of earlier."""
+        if now >= self._ready_due or self._clock is None:
+            self._ready_due = now + READY_INTERVAL
+            return self.clocks(now)
+        return Clocks(now, time.thread_time(), self.beat.clocks.ready, time.process_time(), self._collected)
+
     def find_greenlet(self) -> None:
         """Remember the greenlet that runs the loop, as soon as somebody uses any. Call it on the loop's thread."""
         module = sys.modules.get("greenlet")
@@ -119,6 +131,7 @@ class Pulse:
     def close(self) -> None:
         """Detach from the garbage collector, and let go of the greenlet. Idempotent."""
         self._greenlet = None
+        self.seen.clear()
         if self._callback in gc.callbacks:
             gc.callbacks.remove(self._callback)
         self.thread.close()

@@ -19,7 +19,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
 from fastapi_headroom.probes.blocks import Block
-from fastapi_headroom.probes.loop import Heartbeat
+from fastapi_headroom.probes.heartbeat import Heartbeat
 from fastapi_headroom.probes.pulse import Pulse
 from fastapi_headroom.probes.watchdog import Watchdog
 from fastapi_headroom.store.writer import Writer
@@ -110,6 +110,7 @@ class _Watched:
         self._watchdog = Watchdog(pulse, self._vigil, self._guard, self._threshold)
         self._heartbeat.start(depth)
         self._watchdog.start()
+        self._watchdog.watches.wait(1.0)
 
     def finish(self, now: float) -> None:
         """Stop, once what has happened up to ``now`` is known."""

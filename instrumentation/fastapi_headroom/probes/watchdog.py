@@ -3,8 +3,8 @@
 It reports while the block lasts, so an alert fires during the block, and accounts afterwards for what it could not
 see: a call that keeps the GIL stops this thread too.
 
-A late heartbeat is no block yet: many short steps make it late as well. A *block* is one step that held the loop,
-and what tells one from many is that looks in a row found the same step (see ``blame.Sample.step``).
+A late heartbeat is no block yet: many short steps make it late as well. A *block* is one step that held the loop
+(see ``held``). When it cannot be known whether it was one, because this thread got no CPU to look, nobody is blamed.
 """
 
 from __future__ import annotations
@@ -13,56 +13,29 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import replace
+from contextvars import Context
 from typing import Final
 
 from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import UNKNOWN, Cause, Evidence, Sample, cause_of, look_at, most_common
-from fastapi_headroom.probes.blocks import Block, Reporter, in_flight
+from fastapi_headroom.probes.blame import Look, look_at
+from fastapi_headroom.probes.blocks import Block, Reporter
+from fastapi_headroom.probes.held import Held, Marker
+from fastapi_headroom.probes.judge import Judge, starved_block
+from fastapi_headroom.probes.lack import Lack, OwnClock
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
 
 LONG_TURN: Final = 0.05
 """Seconds for which Python code never keeps the GIL from another thread, whose turn comes after 5 ms or so."""
 SHORT_WAIT: Final = 0.002
 """Seconds that a timer may be late by itself."""
+LEAST_NAP: Final = 0.002
 THREADS_INTERVAL: Final = 1.0
 """Seconds between two looks at the CPU time of every thread, to find who keeps the GIL."""
 CLOSE_LOOKS: Final = 10
 """Looks at a late loop that follow each other quickly, to see whether it goes on to other steps."""
-MOST_SAMPLES: Final = 50
-"""Latest samples of a block that are kept."""
-MOST_THREADS: Final = 64
-"""Threads whose CPU time is looked at."""
 MOST_RECENT: Final = 64
 """Blocks that are remembered for the spans of the requests that met them."""
-
-
-class Held:
-    """One step that was found running on a late loop, and what is known of it."""
-
-    def __init__(self, sample: Sample | None, began: float, earliest: float, clocks: Clocks) -> None:
-        self.step = sample.step if sample is not None else None
-        self.began = began
-        """Best guess, half way between ``earliest`` and the first moment that it was surely there."""
-        self.earliest = earliest
-        """The loop did something else then."""
-        self.clocks = clocks
-        """At that moment or before."""
-        self.first = self.last = began
-        """Between these it was surely there."""
-        self.at_last = clocks
-        self.ready = clocks.ready
-        """The loop's thread's clock when ``first`` was."""
-        self.late = 0.0
-        """Seconds that the watchdog could not run meanwhile, for want of the GIL."""
-        self.lacked = 0.0
-        """Seconds that it could not run for want of a CPU."""
-        self.samples: list[Sample] = []
-        self.culprit: Sample | None = None
-        self.waits_for_lock: bool | None = None
-        self.requests = in_flight()
-        self.reported = False
 
 
 class Watchdog(threading.Thread):
@@ -74,19 +47,25 @@ class Watchdog(threading.Thread):
         self._tick = min(max(threshold / 5, 0.004), 0.02)
         self._suspicious = threshold / 4
         self._long_turn = min(LONG_TURN, threshold / 2)
+        self._judge = Judge(threshold)
         self._stopped = self._closes = False
+        self.watches = threading.Event()
+        """Set once it looks: how long the GIL is kept from it before that, it cannot tell."""
         self.recent: deque[Block] = deque(maxlen=MOST_RECENT)
         # About the late beat that is being looked at; _settle clears them.
         self._beat: Beat | None = None
         self._held: Held | None = None
-        self._looks = 0
-        self._steps = 0
-        self._late = self._lacked = 0.0
+        self._marker = Marker()
+        self._marker.passed = True
+        self._looks = self._steps = 0
+        self._stretched = False
+        """A step was as long as a block, but only for want of a CPU."""
+        self._late = 0.0
         self._finished: Beat | None = None
-        self._elsewhere: dict[int, Sample] = {}
-        self._ready = 0.0
-        # Looked at once a second.
-        self._threads: dict[int, float] = {}
+        # About this thread.
+        self._own: OwnClock | None = None
+        self._lack_settled = Lack()
+        self._loop_ready = 0.0
         self._threads_due = 0.0
 
     def stop(self, *, wait: bool = True) -> None:
@@ -97,22 +76,25 @@ class Watchdog(threading.Thread):
             self.join(1.0)
 
     def run(self) -> None:
-        """Look at the heartbeat each tick."""
-        own = procfs.ThreadStat(threading.get_native_id())
-        self._ready = _ready(own)
-        before = time.monotonic()
+        """Look at the heartbeat whenever the next one may be late, and each tick while it is."""
+        own = self._own = OwnClock(threading.get_native_id())
         while not self._stopped:
-            # Close looks tell one long step from many short ones; a long block is not slowed down by more of them.
-            tick = self._tick if self._held is None or self._looks > CLOSE_LOOKS else self._tick / 4
-            time.sleep(tick)
+            self._loop_ready = max(self._loop_ready, self.pulse.beat.clocks.ready)
+            asleep = time.monotonic()
+            nap = self._nap(asleep)
+            if not self.watches.is_set():
+                self.watches.set()
+            time.sleep(nap)
             now = time.monotonic()
             try:
-                self._look(now, max(0.0, now - before - tick), own)
+                self._look(now, max(0.0, now - asleep - nap))
             except Exception as error:
                 self._guard.failed(error)
                 time.sleep(1.0)  # whatever it was, do not spin on it
                 now = time.monotonic()
-            before = now
+            looked = time.monotonic() - now
+            if looked > SHORT_WAIT:
+                own.looked(looked)
         own.close()
         if self._closes:
             self.pulse.close()
@@ -130,8 +112,8 @@ class Watchdog(threading.Thread):
             if not over:
                 return found
             clocks = over[0]
-        if clocks.at > began and self._is_block(held, beat, clocks.at):
-            found.append(self._judge(held, clocks))
+        if clocks.at > began and self._is_block(held, beat, clocks, pending=0.0):
+            found.append(self._judge.block(held, clocks, self._lack))
         return found
 
     def settle(self, until: float | None = None) -> None:
@@ -142,229 +124,202 @@ class Watchdog(threading.Thread):
         while self.pulse.ended:
             self._finish(self.pulse.ended.popleft())
         held, beat = self._held, self._beat
-        if until is not None and held is not None and beat is self.pulse.beat and self._is_block(held, beat, until):
-            clocks = self.pulse.clocks(time.monotonic())
-            self._report(self._judge(held, clocks._replace(at=max(until, held.last))))
-            self._settle()
+        if until is not None and held is not None and beat is not None and beat is self.pulse.beat:
+            clocks = self.pulse.clocks(time.monotonic())._replace(at=max(until, held.last))
+            if self._is_block(held, beat, clocks, pending=0.0):
+                self._report(held, clocks)
+                self._settle()
         self._abandon()
 
+    @property
+    def _lack(self) -> Lack:
+        return Lack() if self._own is None else self._own.lack
+
     # ------------------------------------------------------------------ looking
-    def _look(self, now: float, waited: float, own: procfs.ThreadStat) -> None:
+    def _nap(self, now: float) -> float:
+        """Return the seconds until the next look is due."""
+        if self._held is not None:
+            # Close looks tell one long step from many short ones; a long block is not slowed down by more of them.
+            return self._tick if self._looks > CLOSE_LOOKS else self._tick / 4
+        remaining = self.pulse.beat.due + self._suspicious - now
+        if self.pulse.paused or remaining <= 0:
+            return self._tick
+        return max(LEAST_NAP, min(remaining, 3 * self._tick))
+
+    def _look(self, now: float, waited: float) -> None:
         """``waited`` is how long this thread itself wanted to run and could not, in seconds."""
         pulse = self.pulse
         beat = pulse.beat
         # A part of the way to a block: look now, or a short one would be over before it was seen. And before anything
         # else: every system call gives the GIL away, and the code that has just let go of it would run on.
         suspect = now - beat.due >= self._suspicious
-        sample = self._sample(waited) if suspect or waited >= self._long_turn else None
-        if self._stopped and self._held is not None:
-            sample = None  # the step has gone on to stop us
+        marker = self._marker
+        look = self._sample(waited) if suspect or waited >= self._long_turn else None
+        looked = time.monotonic()
+        running = pulse.loop.is_running()
+        if not running or (self._stopped and self._held is not None):
+            look = None  # the step has gone on to stop us
         over = pulse.ended[0].beat if pulse.ended else None
-        if sample is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
-            self._note(beat, sample, now, waited)
-        if suspect or waited >= SHORT_WAIT:
-            self._explain(waited, own)
+        same = look is not None and self._held is not None and self._held.is_found_by(look, marker)
+        kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
+        if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
+            self._note(beat, look, same, now, looked, kept)
         while pulse.ended:
             finished = pulse.ended[0]
             self._finish(finished)
             self._finished = finished.beat
             pulse.ended.popleft()
-        if not pulse.loop.is_running():
+        if not running:
             pulse.paused = True
             self._abandon()
         elif suspect and beat is not self._finished:
             held = self._held
-            if held is not None and self._is_block(held, beat, now):
+            if held is not None and self._is_block(held, beat, held.at_last):
                 held.reported = True
-                self._reporter.lasts(self._judge(held, pulse.clocks(now)))
+                self._reporter.lasts(self._judge.block(held, held.at_last, self._lack))
             return
         self._settle()
         if now >= self._threads_due:
             self._threads_due = now + THREADS_INTERVAL
-            self._threads = _cpu_of_threads()
-            self._ready = _ready(own)
+            self._judge.look_at_threads()
+            if self._own is not None:
+                self._own.start_anew()
 
-    def _sample(self, waited: float) -> Sample | None:
+    def _sample(self, waited: float) -> Look | None:
         """Look at the loop's stack, and at all others too, for one of them may keep the GIL."""
         frames = sys._current_frames()
         mine = (self.pulse.ident, self.ident)
         if waited >= self._long_turn or not self._looks:
-            self._elsewhere = {ident: look_at(frame) for ident, frame in frames.items() if ident not in mine}
+            self._judge.elsewhere = {ident: look_at(f).sample for ident, f in frames.items() if ident not in mine}
         frame = frames.get(self.pulse.ident)
         return None if frame is None else look_at(frame, self.pulse.depth, waited, self.pulse.outer_frame())
 
-    def _note(self, beat: Beat, sample: Sample, now: float, waited: float) -> None:
-        """Keep a look at what may become a block. No system call comes before the end of this."""
+    def _mark(self) -> None:
+        """Let the loop tell when it goes on to another iteration, and see that the step is there after that."""
+        held, pulse = self._held, self.pulse
+        if not self._marker.passed or held is None or held.look is None:
+            return
+        self._marker = Marker()
+        try:
+            pulse.loop.call_soon_threadsafe(self._marker, context=Context())
+        except RuntimeError:
+            return  # closed
+        if held.look.resumes:
+            again = self._sample(0.0)
+            if again is None or again.base is not held.look.base:
+                self._forget()
+
+    def _explain(self, waited: float) -> float:
+        """Find out how much of this thread's wait was for want of a CPU; return for how long the GIL was kept from it.
+
+        That is 0 when it was not kept in one go. Whoever keeps it may have got no CPU either.
+        """
+        lacked = 0.0 if self._own is None else self._own.waited(waited)
+        if waited < self._long_turn:
+            return 0.0
+        times = self.pulse.thread.times()
+        ready = 0.0 if times is None else max(0.0, times[1] - self._loop_ready)
+        kept = waited - lacked - ready
+        if kept < self._long_turn:
+            return 0.0
+        self._late += kept
+        return kept
+
+    def _note(self, beat: Beat, look: Look, same: bool, now: float, looked: float, kept: float) -> None:
+        """Keep a look at what may become a block."""
         held = self._held
+        clocks = self.pulse.clocks(time.monotonic())
         if beat is not self._beat or held is None:
             self._looks = self._steps = 0
-            held = Held(sample, beat.began, beat.clocks.at, beat.clocks)
-            held.first = max(beat.due, now - waited)
-        elif held.step != sample.step:
-            self._step_over(held, beat, now)
-            first = max(held.last, now - waited)
-            held = Held(sample, (held.last + first) / 2, held.last, held.at_last)
-            held.first = first
+            self._stretched = False
+            held = Held(look, beat.began, beat.clocks.at, beat.clocks, self._lack_settled)
+            first = max(beat.due, now - kept) if kept else looked
+        elif not same:
+            self._step_over(held, beat, clocks, now)
+            held = Held(look, held.last, held.last, held.at_last, held.lack_last)
+            first = max(held.earliest, now - kept) if kept else looked
             self._steps += 1
-        held.last = now
-        held.late += waited if waited >= self._long_turn else 0.0
-        held.samples.append(sample)
-        del held.samples[:-MOST_SAMPLES]
-        held.requests |= in_flight()
+        else:
+            first = held.first
+        if held is not self._held:
+            self._forget()
         self._beat, self._held = beat, held
+        held.seen(look.sample, first, now)
+        held.late += kept
         self._looks += 1
+        self._mark()
         number = self.pulse.thread.system_call()
         if number is not None and procfs.FUTEX is not None:
             held.waits_for_lock = bool(held.waits_for_lock) or number == procfs.FUTEX
-        held.at_last = self.pulse.clocks(time.monotonic())
-        if len(held.samples) == 1 and waited < self._long_turn:
-            held.ready = held.at_last.ready
-
-    def _explain(self, waited: float, own: procfs.ThreadStat) -> None:
-        """Find out how much of this thread's wait was for want of a CPU, and how much for want of the GIL."""
-        ready = _ready(own)
-        lacked, self._ready = min(waited, ready - self._ready), ready
-        self._lacked += lacked
-        if waited >= self._long_turn:
-            self._late += waited - lacked
-        if (held := self._held) is not None:
-            held.lacked += lacked
-            if len(held.samples) == 1:
-                held.first = min(held.last, held.first + lacked)
-            if waited >= self._long_turn and held.samples[-1].waited == waited:
-                held.late -= lacked
+        held.clocked(self.pulse.clocks(time.monotonic()), number == "running", self._lack)
+        self._loop_ready = held.at_last.ready
 
     # ------------------------------------------------------------------ judging
-    def _is_block(self, held: Held, beat: Beat, until: float) -> bool:
-        """Return whether a step may have held the loop for the threshold, and surely held it for a part of that.
+    def _is_block(self, held: Held, beat: Beat, clocks: Clocks, pending: float | None = None) -> bool:
+        return held.is_block(beat, clocks, self._lack, self._threshold, pending)
 
-        Time without a CPU is no part of that: it makes the shortest step a long one.
-        """
-        if held.reported:
-            return True
-        if held.earliest == beat.clocks.at:
-            long = beat.is_block(until, self._threshold)
-        else:
-            long = until - held.earliest >= self._threshold
-        starved = held.at_last.ready - held.ready
-        return long and held.last - held.first - starved >= self._threshold / 5
-
-    def _step_over(self, held: Held, beat: Beat, until: float) -> None:
+    def _step_over(self, held: Held, beat: Beat, clocks: Clocks, now: float) -> None:
         """Report a step that was a block, when the loop was found in the next one."""
-        # The kernel counts a wait for a CPU when it is over, which it was not when we looked last.
-        held.at_last = held.at_last._replace(ready=self.pulse.clocks(until).ready)
-        if self._is_block(held, beat, until):
-            end = held.at_last._replace(at=max(held.last, (held.last + until) / 2))
-            self._report(self._judge(held, end))
+        if self._is_block(held, beat, clocks, pending=held.pending(clocks)):
+            self._report(held, clocks._replace(at=max(held.last, (held.last + now) / 2)))
+        elif now - held.earliest >= self._threshold and held.last - held.first >= self._threshold / 5:
+            self._stretched = True
 
     def _finish(self, ended: Ended) -> None:
         """Report a block that the beat ended, if it was one."""
         beat, clocks = ended
-        if beat is self._beat and self._held is not None:
-            self._held.at_last = self._held.at_last._replace(ready=clocks.ready)
-        if beat is not self._beat or self._held is None:
-            self._unseen(ended)
-        elif self._is_block(self._held, beat, clocks.at):
-            self._report(self._judge(self._held, clocks))
-        elif self._steps == 0:
-            self._unseen(ended)
-        elif clocks.ready - beat.clocks.ready >= self._threshold / 4:
-            self._report(self._starved(beat, clocks))  # else many short steps, of which none is to blame
+        held = self._held if beat is self._beat else None
+        if held is not None and self._is_block(held, beat, clocks, pending=0.0):
+            self._report(held, clocks)
+        elif held is None or self._steps == 0:
+            self._unseen(ended, held)
+        elif self._stretched or clocks.ready - beat.clocks.ready >= self._threshold / 4:
+            self._over(starved_block(beat, clocks))  # else many short steps, of which none is to blame
         self._settle()
 
-    def _unseen(self, ended: Ended) -> None:
-        """Report a block that was over when this thread could look, or that stopped this thread as well.
+    def _unseen(self, ended: Ended, held: Held | None) -> None:
+        """Report a block that was over when this thread could look.
 
-        When a thread got no CPU, no code can be blamed: it may have been many short steps.
+        Code is blamed when the GIL was kept for so long that it was one call; else it may have been many short steps.
         """
         beat, clocks = ended
-        held = self._held if self._beat is beat and self._held is not None else None
         if held is None:
-            held = Held(None, beat.began, beat.clocks.at, beat.clocks)
-            held.late, held.lacked = self._late, self._lacked
-        block = self._judge(held, clocks)
-        starved = max(held.lacked, block.starved) >= self._threshold / 4
-        self._report(self._starved(beat, clocks) if starved else block)
-
-    def _starved(self, beat: Beat, clocks: Clocks) -> Block:
-        return Block(beat.began, clocks.at, UNKNOWN, "starved", None, in_flight(), clocks.at - beat.began)
+            held = Held(None, beat.began, beat.clocks.at, beat.clocks, self._lack_settled)
+        held.late = max(held.late, self._late)
+        if held.late >= self._threshold / 2 and held.own(clocks, self._lack) >= self._threshold:
+            self._report(held, clocks)
+        else:
+            self._over(starved_block(beat, clocks))
 
     def _abandon(self) -> None:
         """Report a block after which the loop did not run again."""
         held, beat = self._held, self._beat
-        if held is not None and beat is not None and self._is_block(held, beat, held.last):
-            self._report(self._judge(held, held.at_last))
+        if held is not None and beat is not None:
+            end = held.at_last._replace(at=held.last)
+            if self._is_block(held, beat, end):
+                self._report(held, end)
         self._settle()
 
-    def _report(self, block: Block) -> None:
+    def _report(self, held: Held, clocks: Clocks) -> None:
+        self._over(self._judge.block(held, clocks, self._lack))
+
+    def _over(self, block: Block) -> None:
         self.recent.append(block)
         self._reporter.over(block)
 
+    def _forget(self) -> None:
+        """Find the last step no more, and let the loop's thread let go of what its frame holds."""
+        held = self._held
+        if held is not None and held.look is not None:
+            self.pulse.seen.append(held.look.base)
+            held.look = None
+
     def _settle(self) -> None:
         """All is well: forget what belongs to no block, or to one that is over."""
-        self._late = self._lacked = 0.0
+        self._forget()
+        self._late = 0.0
         self._looks = self._steps = 0
-        self._elsewhere = {}
+        self._stretched = False
+        self._judge.elsewhere = {}
         self._beat = self._held = None
-
-    def _evidence(self, held: Held, before: Clocks, after: Clocks) -> Evidence:
-        wall = after.at - before.at
-        could_look = max(held.late, wall - held.lacked, 1e-6)
-        return Evidence(
-            wall=wall,
-            cpu=after.cpu - before.cpu,
-            ready=after.ready - before.ready,
-            process_cpu=after.process - before.process,
-            watchdog_late=wall * held.late / could_look,
-            collecting=after.collecting - before.collecting,
-            waits_for_lock=held.waits_for_lock,
-        )
-
-    def _judge(self, held: Held, after: Clocks) -> Block:
-        evidence = self._evidence(held, held.clocks, after)
-        samples = tuple(held.samples)
-        cause: Cause = cause_of(evidence, samples)
-        starved = max(0.0, min(evidence.ready, evidence.wall))
-        if cause == "starved" and evidence.wall - starved >= self._threshold:
-            # It would have been a block with all the CPU that it wanted as well.
-            wall = evidence.wall - starved
-            late = evidence.watchdog_late * wall / evidence.wall
-            cause = cause_of(replace(evidence, wall=wall, ready=0.0, watchdog_late=late), samples)
-        site, sample = UNKNOWN, None
-        if cause == "gil":
-            sample = self._find_culprit(held, evidence.wall / 4)
-            site = UNKNOWN if sample is None else sample.site
-        elif cause != "starved":
-            site = most_common(samples)
-            sample = next((s for s in reversed(samples) if s.site == site), None)
-        return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
-
-    def _find_culprit(self, held: Held, least: float) -> Sample | None:
-        """Return the thread that used most CPU since the last look at all; at least ``least`` seconds."""
-        now = _cpu_of_threads()
-        for thread in threading.enumerate():
-            sample = self._elsewhere.get(thread.ident or 0)
-            if sample is None or thread.native_id is None:
-                continue
-            used = now.get(thread.native_id, 0.0) - self._threads.get(thread.native_id, 0.0)
-            if used > least:
-                least, held.culprit = used, sample
-        return held.culprit
-
-
-def _ready(thread: procfs.ThreadStat) -> float:
-    times = thread.times()
-    return 0.0 if times is None else times[1]
-
-
-def _cpu_of_threads() -> dict[int, float]:
-    """Return the CPU seconds of the Python threads by native id; of none where the system does not tell."""
-    found: dict[int, float] = {}
-    for thread in threading.enumerate()[:MOST_THREADS]:
-        if thread.native_id is not None:
-            stat = procfs.ThreadStat(thread.native_id)
-            times = stat.times()
-            stat.close()
-            if times is not None:
-                found[thread.native_id] = times[0]
-    return found
+        self._lack_settled = self._lack

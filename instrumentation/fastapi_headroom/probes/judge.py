@@ -1,0 +1,93 @@
+"""Says what a block was: from a step that held the loop, and what is known of it, to site and cause."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Final
+
+from fastapi_headroom.probes import procfs
+from fastapi_headroom.probes.blame import UNKNOWN, Cause, Evidence, Sample, cause_of, most_common
+from fastapi_headroom.probes.blocks import Block, in_flight
+from fastapi_headroom.probes.held import Held
+from fastapi_headroom.probes.lack import Lack
+from fastapi_headroom.probes.pulse import Beat, Clocks
+
+MOST_THREADS: Final = 64
+"""Threads whose CPU time is looked at."""
+
+
+class Judge:
+    """Makes blocks of steps. ``threshold`` is in seconds."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self.elsewhere: dict[int, Sample] = {}
+        """What the other threads did when the loop was found late: one of them may keep the GIL."""
+        self._threads: dict[int, float] = {}
+
+    def look_at_threads(self) -> None:
+        """Remember how much CPU time each thread has had. Now and then, while all is well."""
+        self._threads = _cpu_of_threads()
+
+    def block(self, held: Held, after: Clocks, lack: Lack) -> Block:
+        """Return the block that a step was, up to ``after``."""
+        starved = held.starved(after, lack)
+        evidence = _evidence(held, after, starved, held.lacked(lack))
+        samples = tuple(held.samples)
+        cause: Cause = cause_of(evidence, samples)
+        starved = min(starved, evidence.wall)
+        if cause == "starved" and evidence.wall - starved >= self._threshold:
+            # It would have been a block with all the CPU that it wanted as well.
+            wall = evidence.wall - starved
+            late = evidence.watchdog_late * wall / evidence.wall
+            cause = cause_of(replace(evidence, wall=wall, ready=0.0, watchdog_late=late), samples)
+        site, sample = UNKNOWN, None
+        if cause == "gil":
+            sample = self._find_culprit(held, evidence.wall / 4)
+            site = UNKNOWN if sample is None else sample.site
+        elif cause != "starved":
+            site = most_common(samples)
+            sample = next((s for s in reversed(samples) if s.site == site), None)
+        return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
+
+    def _find_culprit(self, held: Held, least: float) -> Sample | None:
+        """Return the thread that used most CPU since the last look at all; at least ``least`` seconds."""
+        now = _cpu_of_threads()
+        for thread in threading.enumerate():
+            sample = self.elsewhere.get(thread.ident or 0)
+            if sample is None or thread.native_id is None:
+                continue
+            used = now.get(thread.native_id, 0.0) - self._threads.get(thread.native_id, 0.0)
+            if used > least:
+                least, held.culprit = used, sample
+        return held.culprit
+
+
+def starved_block(beat: Beat, clocks: Clocks) -> Block:
+    """Return the block after ``beat`` for which no code can be blamed."""
+    return Block(beat.began, clocks.at, UNKNOWN, "starved", None, in_flight(), clocks.at - beat.began)
+
+
+def _evidence(held: Held, after: Clocks, starved: float, lacked: float) -> Evidence:
+    before = held.clocks
+    wall = after.at - before.at
+    could_look = max(held.late, wall - lacked - starved, 1e-6)
+    return Evidence(
+        wall=wall,
+        cpu=after.cpu - before.cpu,
+        ready=starved,
+        process_cpu=after.process - before.process,
+        watchdog_late=wall * held.late / could_look,
+        collecting=after.collecting - before.collecting,
+        waits_for_lock=held.waits_for_lock,
+    )
+
+
+def _cpu_of_threads() -> dict[int, float]:
+    """Return the CPU seconds of the Python threads by native id; of none where the system does not tell."""
+    found: dict[int, float] = {}
+    for thread in threading.enumerate()[:MOST_THREADS]:
+        if thread.native_id is not None and (seconds := procfs.thread_cpu(thread.native_id)) is not None:
+            found[thread.native_id] = seconds
+    return found
