@@ -1,7 +1,8 @@
 """redis-py's pools, sync and async.
 
 ``BlockingConnectionPool`` waits. ``ConnectionPool`` refuses at once when ``max_connections`` are out: it has no wait,
-and a refusal counts as a time-out, which it is to the app.
+and a refusal counts as a time-out, which it is to the app. A connection of it is out for as long as its command takes,
+which the cache's operations tell, so only its gauges and refusals are kept: every command would pay for the rest.
 """
 
 from __future__ import annotations
@@ -34,14 +35,20 @@ class RedisPools:
         from redis.exceptions import ConnectionError as RedisConnectionError
 
         kinds: tuple[tuple[Any, Any], ...] = (
-            (sync.ConnectionPool, _wrap_get),
             (sync.BlockingConnectionPool, _wrap_get),
-            (asynchronous.ConnectionPool, _wrap_async_get),
             (asynchronous.BlockingConnectionPool, _wrap_async_get),
         )
         for pool, checkout in kinds:
             patches.wrap(pool, "get_connection", partial(checkout, meters, RedisConnectionError))
             patches.wrap(pool, "release", partial(_wrap_release, meters))
+        # Where these refuse, nothing is connected: a ConnectionError there is a refusal.
+        for pool, name in (
+            (sync.ConnectionPool, "get_connection"),
+            (sync.ConnectionPool, "make_connection"),
+            (asynchronous.ConnectionPool, "get_available_connection"),
+        ):
+            refusal = None if name == "get_connection" else RedisConnectionError
+            patches.wrap(pool, name, partial(_wrap_refusing, meters, refusal))
         patches.wrap(sync.AbstractConnection, "connect", _wrap_connect)
         patches.wrap(asynchronous.AbstractConnection, "connect", _wrap_async_connect)
 
@@ -152,6 +159,23 @@ def _wrap_async_get(meters: Meters, refusal: type[Exception], original: Any) -> 
         return connection
 
     return get_connection
+
+
+def _wrap_refusing(meters: Meters, refusal: type[Exception] | None, original: Any) -> Any:
+    """See which pools there are, and count what they refuse."""
+
+    def take(pool: Any, *args: Any, **options: Any) -> Any:
+        meter = meters.of(pool)
+        if refusal is None:
+            return original(pool, *args, **options)
+        try:
+            return original(pool, *args, **options)
+        except refusal:
+            if meter is not None and not _limited(meter):
+                meter.refused()
+            raise
+
+    return take
 
 
 def _wrap_release(meters: Meters, original: Any) -> Any:
