@@ -31,7 +31,7 @@ def blocked(coroutine: Any, suspended: float, now: float) -> float:
         since_data = seconds_since_data(awaited_by(coroutine))
         if since_data is not None and now - since_data >= suspended:
             ready = max(now - since_data, holds.earliest)
-        return now - max(ready, suspended)
+        return max(0.0, now - max(ready, suspended))  # the ready moment may be rounded to after now
     except Exception:  # objects of other libraries were looked into
         return 0.0
 

@@ -124,7 +124,7 @@ class Ledger:
 
         The last ``blocked`` seconds of it go to ``loop_blocked``: the request was ready and could not move.
         """
-        elapsed = now - self.mark - blocked
+        elapsed = max(0.0, now - self.mark - blocked)  # the difference of two times may round to less than nothing
         self.mark = now
         if self.finished:
             return

@@ -101,7 +101,8 @@ def get(book: Scrape, name: str, **labels: str) -> float:
 def spent(truth: Truth, before: Scrape, route: str, requests: int = 1) -> Stages:
     """Return the seconds that a route's requests spent by stage since a scrape; they sum to the durations."""
     expected = get(before, DURATION + "_count", http_route=route) + requests
-    after = scrape_until(truth.exporter, lambda book: get(book, DURATION + "_count", http_route=route) >= expected)
+    scrape_until(truth.exporter, lambda book: get(book, DURATION + "_count", http_route=route) >= expected)
+    after = scrape(truth.exporter)  # a scrape reads file after file: that one may have passed the stages before
     stages = {
         stage: get(after, STAGE, http_route=route, stage=stage) - get(before, STAGE, http_route=route, stage=stage)
         for stage in STAGES

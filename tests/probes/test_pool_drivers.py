@@ -195,7 +195,7 @@ async def test_random_faults_leave_no_drift(
     probe: PoolProbe, writer: Writer, postgres: Postgres, tmp_path: Path, driver: str, faults: int
 ) -> None:
     """After random cancellations, time-outs, errors, invalidations and refusals, the counts are the truth."""
-    users = Users(driver, postgres, tmp_path, pool_size=3, max_overflow=2, pool_timeout=0.02)
+    users = Users(driver, postgres, tmp_path, pool_size=3, max_overflow=2, pool_timeout=0.004)
     chance = random.Random(7)
     lock = threading.Lock()
     refuse = {"next": 0}

@@ -136,16 +136,19 @@ def test_delayed_jobs_are_no_backlog(subject: Subject) -> None:
 def test_killed_workers_leave_no_drift(subject: Subject) -> None:
     """After a worker was killed within a job the depth is still the truth, and the next worker brings it to 0."""
     polled = Polled(subject)
+    # After a kill Celery takes a few jobs from RabbitMQ at once and the next ten seconds later, without us as well.
+    jobs = 4 if subject.system == "rabbitmq" else 20
     subject.publish(kind="hold")
-    subject.publish(20)
+    subject.publish(jobs)
     with subject.worker() as worker:
         wait_until(lambda: marks(subject.folder / "holding") == 1, 25, "the job to begin")
-        assert polled.depth() == subject.truth() == 20
+        assert polled.depth() == subject.truth() == jobs
         kill(worker)
         wait_until(lambda: polled.depth() == subject.truth(), 5, "the broker to notice")
-        assert polled.depth() in (20, 21), "the job that was lost is ready again, or with the broker"
+        assert polled.depth() in (jobs, jobs + 1), "the job that was lost is ready again, or with the broker"
+    (subject.folder / "gate").touch()  # a job that comes again does not wait
     with subject.worker():
-        wait_until(lambda: marks(subject.folder / "done") >= 20, 30, "the other jobs")
+        wait_until(lambda: marks(subject.folder / "done") >= jobs, 60, "the other jobs")
         wait_until(lambda: polled.depth() == subject.truth() == 0, 10, "an empty queue")
 
 
