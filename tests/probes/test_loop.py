@@ -178,7 +178,8 @@ def test_idle_loop(run: Run) -> None:
 
     async def main() -> None:
         async with measured() as (writer, probe):
-            for _ in range(5):  # a wait for a CPU that another process has is no idle time
+            for _ in range(12):  # a wait for a CPU that others have, or a timer that fires late, is no idle time
+                disturbed = await late_timers()
                 probe._history.clear()
                 probe.sample()
                 used = time.process_time()
@@ -188,10 +189,23 @@ def test_idle_loop(run: Run) -> None:
                 utilization = writer.value(UTILIZATION, worker="0")
                 if utilization < 0.1 and used < 0.02:
                     break
+                disturbed = max(disturbed, await late_timers())
+            if utilization >= 0.1 and disturbed > 0.05:
+                pytest.skip(f"{disturbed:.0%} of this machine's timers fire late while nothing runs")
             assert utilization < 0.1
             assert used < 0.02  # 0.3 % on a quiet machine; a busy one makes every wake-up dearer
 
     run(main())
+
+
+async def late_timers() -> float:
+    """Return the share of an idle loop's timers that fire more than a millisecond late by this machine's own doing."""
+    late = 0
+    for _ in range(40):
+        due = time.perf_counter() + 0.01
+        await asyncio.sleep(0.01)
+        late += time.perf_counter() - due > 0.002
+    return late / 40
 
 
 def test_gauges_move_while_the_loop_is_stuck(run: Run) -> None:

@@ -58,12 +58,13 @@ def test_depth_is_the_truth_at_each_poll(subject: Subject) -> None:
         subject.publish(100)
     assert polled.depth() == subject.truth() == 1_000
     polls = [polled.between(subject.truth)]
+    left = 980 if subject.system == "rabbitmq" else 800  # Celery takes a few jobs from RabbitMQ and pauses for seconds
     with subject.worker():
         deadline = time.monotonic() + 60
-        while polls[-1][1] > 800 and time.monotonic() < deadline:
+        while polls[-1][1] > left and time.monotonic() < deadline:
             sleep_until(time.time() + 0.03)
             polls.append(polled.between(subject.truth))
-    assert polls[-1][1] <= 800
+    assert polls[-1][1] <= left
     for before, counted, after in polls:
         assert before >= counted >= after
     assert all(earlier[1] >= later[1] for earlier, later in itertools.pairwise(polls))
