@@ -131,9 +131,9 @@ def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameTy
     are never to blame. ``outer`` is where the stack goes on when ``frame`` runs in a greenlet: SQLAlchemy's async
     sessions run their sync part in one, whose stack ends where that part begins.
     """
-    frames = list(_outwards(frame))
+    frames = list(outwards(frame))
     if outer is not None:
-        rest = list(_outwards(outer))
+        rest = list(outwards(outer))
         if rest[-1] is not frames[-1]:  # else the greenlet was left just now
             frames += rest
     inner = frames[: len(frames) - skip]
@@ -185,7 +185,8 @@ def most_common(samples: Sequence[Sample]) -> str:
     return counts.most_common(1)[0][0] if counts else UNKNOWN
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frame and its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -193,7 +194,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 def depth_of(frame: FrameType | None) -> int:
     """Return the number of frames from this one to the thread's first."""
-    return sum(1 for _ in _outwards(frame))
+    return sum(1 for _ in outwards(frame))
 
 
 def _name(frame: FrameType) -> str:

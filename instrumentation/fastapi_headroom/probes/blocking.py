@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from asyncio import _get_running_loop
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from threading import get_ident
 from time import perf_counter
@@ -23,8 +23,9 @@ from typing import Any, Final
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import current
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import owner_of, site_of
+from fastapi_headroom.probes.blame import outwards, owner_of, site_of
 from fastapi_headroom.probes.blocking_places import PLACES, REMEDIES, Place
+from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.store.writer import Counter, Writer
 
@@ -45,7 +46,7 @@ class BlockingCalls:
         self._writer: Writer | None = None
         self._attached: set[str] = set()
         self._inside: set[int] = set()
-        self._sites: set[str] = set()
+        self._sites = BoundedNames(SITES, other="other")
         self._counters: dict[tuple[str, str], Counter] = {}
         self._logged: set[tuple[str, str]] = set()
         self._log_due = 0.0
@@ -54,7 +55,7 @@ class BlockingCalls:
         """Resolve handles and wrap what has been imported; ``sample`` wraps what comes later."""
         self._writer = writer
         self._counters = {}
-        self._sites = set()
+        self._sites = BoundedNames(SITES, other="other")
         self._inside = set()
         self.sample()
 
@@ -133,11 +134,7 @@ class BlockingCalls:
             writer = self._writer
             if writer is None or _made_by_us(frame):
                 return
-            site = site_of(_outwards(frame))
-            if site not in self._sites:
-                if len(self._sites) >= SITES:
-                    site = "other"
-                self._sites.add(site)
+            site = self._sites(site_of(outwards(frame)))
             counter = self._counters.get((kind, site))
             if counter is None:
                 counter = self._counters[kind, site] = writer.counter(catalog.BLOCKING_CALLS, kind, site)
@@ -155,7 +152,7 @@ class BlockingCalls:
         self._logged.add((kind, site))
         request = current.get()
         route = f" while serving {request.route}" if request is not None and request.route else ""
-        line = next((f" (line {f.f_lineno})" for f in _outwards(frame) if owner_of(f.f_code.co_filename) == "user"), "")
+        line = next((f" (line {f.f_lineno})" for f in outwards(frame) if owner_of(f.f_code.co_filename) == "user"), "")
         log.warning(
             "fastapi-headroom: %s%s makes a blocking call (%s) on the loop's thread%s: every other request of this "
             "worker waits meanwhile; %s",
@@ -165,14 +162,8 @@ class BlockingCalls:
 
 def _made_by_us(frame: FrameType) -> bool:
     """Return whether code of this package makes the call: opening the store is no call of the user's."""
-    owners = (owner_of(f.f_code.co_filename) for f in _outwards(frame) if f.f_code.co_filename != _HERE)
+    owners = (owner_of(f.f_code.co_filename) for f in outwards(frame) if f.f_code.co_filename != _HERE)
     return next((owner for owner in owners if owner != "stdlib"), "user") == "ours"
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-_HERE: Final = _outwards.__code__.co_filename
+_HERE: Final = _made_by_us.__code__.co_filename

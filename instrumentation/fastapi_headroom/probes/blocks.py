@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from fastapi_headroom import catalog, ledger
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.blame import UNKNOWN, Cause, Sample
+from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.store.writer import Counter, Writer
 from fastapi_headroom.tracing import spans
 
@@ -76,7 +77,7 @@ class Account:
 
     def __init__(self, writer: Writer, threshold: float) -> None:
         self._writer, self._threshold = writer, threshold
-        self._sites: set[str] = set()
+        self._sites = BoundedNames(SITES, other="other")
         self._counted: dict[tuple[str, Cause], float] = {}
         """Of the block that goes on."""
         self._still_logged = False
@@ -115,12 +116,7 @@ class Account:
         return self._writer.counter(catalog.LOOP_BLOCKED, site, cause)
 
     def _bounded(self, site: str) -> str:
-        if site in self._sites or site == UNKNOWN:
-            return site
-        if len(self._sites) >= SITES:
-            return "other"
-        self._sites.add(site)
-        return site
+        return site if site == UNKNOWN else self._sites(site)
 
     def _log(self, what: str, block: Block) -> None:
         now = time.monotonic()

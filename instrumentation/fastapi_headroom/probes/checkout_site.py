@@ -16,7 +16,7 @@ from types import CodeType, FrameType
 from typing import Any, Final
 from weakref import ref
 
-from fastapi_headroom.probes.blame import Owner, owner_of
+from fastapi_headroom.probes.blame import Owner, outwards, owner_of
 from fastapi_headroom.sockets import suspended_frames
 
 FRAMES: Final = 24
@@ -123,7 +123,7 @@ def where_now(holder: Holder, site: Site) -> str | None:
     Asked from another thread: a task that runs meanwhile may have moved on.
     """
     if isinstance(holder, int):
-        frames = list(_outwards(sys._current_frames().get(holder)))
+        frames = list(outwards(sys._current_frames().get(holder)))
         # Another thread may have got the number of one that has ended.
         return named(frames) if site and any(frame.f_code is site[0][0] for frame in frames) else None
     task = None if holder is None else holder()
@@ -152,19 +152,13 @@ def named(frames: Iterable[FrameType]) -> str | None:
 
 def frames_here(depth: int = 0) -> list[FrameType]:
     """Return the frames that run, innermost first, on into those on whose behalf a greenlet runs."""
-    frames = list(_outwards(_getframe(depth + 1)))
+    frames = list(outwards(_getframe(depth + 1)))
     module = sys.modules.get("greenlet")
     greenlet = None if module is None else module.getcurrent().parent
     while greenlet is not None:
-        frames += _outwards(greenlet.gr_frame)
+        frames += outwards(greenlet.gr_frame)
         greenlet = greenlet.parent
     return frames
-
-
-def _outwards(frame: FrameType | None) -> Iterable[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _name(module: str, code: CodeType, line: int | None) -> str:

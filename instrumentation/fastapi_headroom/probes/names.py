@@ -9,19 +9,20 @@ OTHER: Final = "_OTHER"
 
 
 class BoundedNames:
-    """Passes the first ``limit`` different names through and folds the rest into ``_OTHER``."""
+    """Passes the first ``limit`` different names through and folds the rest into ``other``."""
 
-    __slots__ = ("_known", "_limit")
+    __slots__ = ("_known", "_limit", "_other")
 
-    def __init__(self, limit: int = 100) -> None:
+    def __init__(self, limit: int = 100, other: str = OTHER) -> None:
         self._limit = limit
+        self._other = other
         self._known: set[str] = set()
 
     def __call__(self, name: str) -> str:
-        """Return the name, or ``_OTHER`` when it is one too many."""
+        """Return the name, or ``other`` when it is one too many."""
         if name in self._known:
             return name
         if len(self._known) >= self._limit:
-            return OTHER
+            return self._other
         self._known.add(name)
         return name

@@ -62,7 +62,7 @@ class PoolHooks:
 
     def _wrap_connect(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Note who holds what the pool gives out."""
-        probe, current, now, greenlet = self.probe, ledger.current.get, perf_counter, _current_greenlet()
+        probe, current, now, greenlet = self.probe, ledger.current.get, perf_counter, _identify(otherwise=lambda: None)
 
         def connect(pool: Any) -> Any:
             state = pool.__dict__.get(STATE_KEY)
@@ -194,24 +194,17 @@ class PoolHooks:
             state.series.invalidations.inc()
 
 
-def _current_greenlet() -> Callable[[], Any]:
-    """Return the function that gives the greenlet that runs; None where there are none, and so no async engines."""
+def _identify(otherwise: Callable[[], Any] = threading.get_ident) -> Callable[[], Any]:
+    """Return the function that gives the greenlet that runs, ``otherwise`` where there are none.
+
+    There are where engines are async, and under gevent; so it says who runs.
+    """
     try:
         greenlet: Any = importlib.import_module("greenlet")
     except ImportError:
-        return lambda: None
+        return otherwise
     current: Callable[[], Any] = greenlet.getcurrent
     return current
-
-
-def _identify() -> Callable[[], Any]:
-    """Return the function that says who runs: the greenlet where there are any (async engines, gevent)."""
-    try:
-        greenlet: Any = importlib.import_module("greenlet")
-    except ImportError:
-        return threading.get_ident
-    identify: Callable[[], Any] = greenlet.getcurrent
-    return identify
 
 
 def _engine_above(frame: FrameType | None, pool: Any) -> Any:
