@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from demo_app.stack.process import Process, accepts, free_port, greets
+from demo_app.stack.process import Process, accepts, answers, free_port, greets
 
 PACKAGES = {
     "postgres": "postgresql",
@@ -214,6 +214,7 @@ class Prometheus(Server):
 
     def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
         super().__init__("prometheus", data, port)
+        self.ready = lambda: answers(f"{self.url}/-/ready")
         self.command = [
             str(find("prometheus")),
             f"--config.file={config}",
@@ -235,6 +236,7 @@ class Alertmanager(Server):
 
     def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
         super().__init__("alertmanager", data, port)
+        self.ready = lambda: answers(f"{self.url}/-/ready")
         self.command = [
             str(find("prometheus-alertmanager")),
             f"--config.file={config}",

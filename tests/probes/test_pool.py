@@ -31,6 +31,8 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 
+pytestmark = pytest.mark.alone
+
 POOL = "db_client_connection_pool_name"
 HOLD = 0.1
 

@@ -14,6 +14,8 @@ from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
+pytestmark = pytest.mark.alone
+
 LABELS = {"db_client_connection_pool_name": "shop"}
 
 

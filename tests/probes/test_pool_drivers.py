@@ -26,6 +26,8 @@ from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
+pytestmark = pytest.mark.alone
+
 POOL = {"db_client_connection_pool_name": "shop"}
 WAIT = "db_client_connection_wait_time_seconds"
 ASYNC = ("asyncpg", "psycopg-async", "aiosqlite")
