@@ -152,14 +152,18 @@ class Ledger:
 
     def finish(self, now: float) -> float:
         """Close the books at ``now`` and return the duration. What comes later (background tasks) does not count."""
+        seconds = self.seconds
         if self.stepping:
-            self.charge_step(now)
+            elapsed = now - self.mark
+            self.mark = now
+            seconds[ON_LOOP] += elapsed
+            if elapsed > self.longest_step:
+                self.longest_step = elapsed
         else:
             self.charge(now)
         self.finished = True
         in_flight.discard(self)
         duration = now - self.started
-        seconds = self.seconds
         rest = duration - (sum(seconds) - seconds[ACCEPT_QUEUE] if self.waited else seconds[ON_LOOP])
         seconds[OTHER] = rest if rest > 0.0 else 0.0
         return duration
