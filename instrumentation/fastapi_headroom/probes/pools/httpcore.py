@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from time import perf_counter
 from typing import Any, ClassVar
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pools.meter import Meter, Meters
 from fastapi_headroom.probes.pools.series import Reading
+from fastapi_headroom.probes.pools.timing import Creation
 
 
 class HttpcorePools:
@@ -101,9 +101,13 @@ class _Call:
         """Add to the wait."""
         self.waited = max(self.waited, 0.0) + waited
 
-    def end(self) -> None:
-        """Record the wait."""
+    def __enter__(self) -> None:
+        _calling.set(self)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
         _calling.set(None)
+        if kind is not None:
+            self.meter.gave(self.taken)
         if self.waited == 0.0:
             self.meter.at_once()
         elif self.waited > 0.0:
@@ -118,15 +122,8 @@ def _wrap_handle(meters: Meters, original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return original(pool, request)
-        call = _Call(meter)
-        _calling.set(call)
-        try:
+        with _Call(meter):
             return original(pool, request)
-        except BaseException:
-            meter.gave(call.taken)
-            raise
-        finally:
-            call.end()
 
     return handle_request
 
@@ -136,15 +133,8 @@ def _wrap_async_handle(meters: Meters, original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return await original(pool, request)
-        call = _Call(meter)
-        _calling.set(call)
-        try:
+        with _Call(meter):
             return await original(pool, request)
-        except BaseException:
-            meter.gave(call.taken)
-            raise
-        finally:
-            call.end()
 
     return handle_async_request
 
@@ -216,10 +206,8 @@ def _wrap_connect(original: Any) -> Any:
         call = _calling.get()
         if call is None:
             return original(connection, request)
-        started = perf_counter()
-        stream = original(connection, request)
-        call.meter.made(started)
-        return stream
+        with Creation(call.meter, None):
+            return original(connection, request)
 
     return _connect
 
@@ -229,9 +217,7 @@ def _wrap_async_connect(original: Any) -> Any:
         call = _calling.get()
         if call is None:
             return await original(connection, request)
-        started = perf_counter()
-        stream = await original(connection, request)
-        call.meter.made(started)
-        return stream
+        with Creation(call.meter, None):
+            return await original(connection, request)
 
     return _connect
