@@ -97,6 +97,13 @@ class _Call:
         self.taken = request
         self.meter.took(request)
 
+    def at_once(self, request: Any) -> None:
+        """Note that the pool's request has got a connection without waiting."""
+        if self.waited < 0.0:
+            self.waited = 0.0
+        self.taken = request
+        self.meter.took(request)
+
     def add(self, waited: float) -> None:
         """Add to the wait."""
         self.waited = max(self.waited, 0.0) + waited
@@ -118,8 +125,10 @@ _calling: ContextVar[_Call | None] = ContextVar("headroom_httpcore_call", defaul
 
 
 def _wrap_handle(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def handle_request(pool: Any, request: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return original(pool, request)
         with _Call(meter):
@@ -129,8 +138,10 @@ def _wrap_handle(meters: Meters, original: Any) -> Any:
 
 
 def _wrap_async_handle(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     async def handle_async_request(pool: Any, request: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return await original(pool, request)
         with _Call(meter):
@@ -146,8 +157,7 @@ def _wrap_wait(original: Any, timed_out: type[Exception]) -> Any:
             return original(request, timeout)
         meter = call.meter
         if request.connection is not None:
-            call.add(0.0)
-            call.take(request)
+            call.at_once(request)
             return original(request, timeout)
         wait = meter.begin()
         try:
@@ -183,17 +193,18 @@ def _wrap_async_wait(original: Any, timed_out: type[Exception]) -> Any:
             return original(request, timeout)
         if request.connection is None:
             return wait_in_line(call, request, timeout)
-        call.add(0.0)
-        call.take(request)
+        call.at_once(request)
         return original(request, timeout)
 
     return wait_for_connection
 
 
 def _wrap_close(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def close(stream: Any) -> Any:
         if not stream._closed:
-            meter = meters.of(stream._pool)
+            meter = known(id(stream._pool)) or meters.of(stream._pool)
             if meter is not None:
                 meter.gave(stream._pool_request)
         return original(stream)

@@ -75,8 +75,10 @@ class PsycopgPools:
 
 
 def _wrap_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> Any:
+    known = meters.known
+
     def _getconn_unchecked(pool: Any, timeout: float) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return original(pool, timeout)
         with meter.begin(timed_out):
@@ -88,8 +90,10 @@ def _wrap_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> 
 
 
 def _wrap_async_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> Any:
+    known = meters.known
+
     async def _getconn_unchecked(pool: Any, timeout: float) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return await original(pool, timeout)
         with meter.begin(timed_out):
@@ -132,8 +136,10 @@ def _end_wait_for_creation() -> Ledger | None:
 
 
 def _wrap_putconn(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def putconn(pool: Any, connection: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is not None:
             meter.gave(connection)
         return original(pool, connection)
