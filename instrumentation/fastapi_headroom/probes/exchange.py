@@ -273,6 +273,8 @@ class Exchange:
             by_route.first_byte(self.began - ledger.started)
         by_route.loop_hold(ledger.longest_step)
         by_route.queries(ledger.queries)
+        if ledger.rows >= 0:
+            (by_route.rows or by_route.make_rows())(ledger.rows)
         series.response_size(self.sent)
         received = self._received or (self._announced() if ledger.method in _WITH_BODY else 0)
         if received:

@@ -38,6 +38,7 @@ class RouteSeries:
         "latency",
         "loop_hold",
         "queries",
+        "rows",
         "stages",
     )
 
@@ -48,6 +49,7 @@ class RouteSeries:
         self.first_byte: Write = writer.histogram(catalog.TIME_TO_FIRST_BYTE, route).observe
         self.loop_hold: Write = writer.histogram(catalog.LOOP_HOLD, route).observe
         self.queries: Write = writer.histogram(catalog.REQUEST_QUERIES, route).observe
+        self.rows: Write | None = None
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
         self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
         self.stages: list[Write | None] = [None] * len(STAGES)
@@ -59,6 +61,11 @@ class RouteSeries:
         """Return the counter of a stage, made when the route first has time there."""
         write = self.stages[stage] = self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage]).inc
         return write
+
+    def make_rows(self) -> Write:
+        """Return the histogram of rows, made when a driver first tells a number."""
+        self.rows = self._writer.histogram(catalog.REQUEST_ROWS, self._route).observe
+        return self.rows
 
     def lifetime(self, kind: str) -> Write:
         """Return the histogram of stream lifetimes: kind sse or stream."""
