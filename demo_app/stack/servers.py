@@ -22,7 +22,7 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
 }
 """Which Debian package brings which binary."""
-TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server"}
+TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server", "mariadbd": "mariadb-server-core"}
 """The same for what the tests start and the demo does not."""
 
 
@@ -38,7 +38,7 @@ def find(binary: str) -> Path:
     for place in (shutil.which(binary), f"/usr/sbin/{binary}", f"/usr/bin/{binary}"):
         if place and Path(place).exists():
             return Path(place)
-    package = PACKAGES.get(binary, "postgresql" if binary == "initdb" else binary)
+    package = (PACKAGES | TEST_PACKAGES).get(binary, "postgresql" if binary == "initdb" else binary)
     raise MissingBinaryError(f"{binary} is not installed: run `apt-get install {package}`")
 
 

@@ -25,6 +25,7 @@ SIZES = (100.0, 1e3, 1e4, 1e5, 1e6, 1e7)
 HOLDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 OPERATIONS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 QUERY_COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+ROW_COUNTS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
 DEMANDS = tuple(float(n) for n in (*range(11), 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 500))
 """Bounds for numbers of connections: exact up to 10, then within a quarter."""
@@ -155,6 +156,15 @@ LOOP_HOLD = _histogram(
 REQUEST_QUERIES = _histogram(
     "headroom_request_queries", "request", (_ROUTE,), "SQL statements per request.", QUERY_COUNTS, ""
 )
+REQUEST_ROWS = _histogram(
+    "headroom_request_rows",
+    "request",
+    (_ROUTE,),
+    "Rows that the statements of a request gave back. Only requests with a statement whose driver tells the number at "
+    "once: no server-side cursors, no SQLite.",
+    ROW_COUNTS,
+    "rows",
+)
 REQUEST_DISCONNECTS = _counter(
     "headroom_request_disconnects_total",
     "request",
@@ -221,6 +231,21 @@ POOL_OVERFLOW = _gauge(
 POOL_INVALIDATIONS = _counter(
     "headroom_pool_invalidations_total", "pool", (_POOL,), "Connections thrown away as broken.", "connections"
 )
+POOL_PING_FAILURES = _counter(
+    "headroom_pool_ping_failures_total",
+    "pool",
+    (_POOL,),
+    "Connections that failed the check before a checkout (pre-ping); they are among the invalidations.",
+    "connections",
+)
+POOL_RECYCLES = _counter(
+    "headroom_pool_recycles_total",
+    "pool",
+    (_POOL, "reason"),
+    "Connections that a checkout replaced in good order: for their age (pool_recycle), or as invalidated because they "
+    "were opened before the pool, or they, were declared invalid.",
+    "connections",
+)
 POOL_WAIT_BY_ROUTE = _counter(
     "headroom_pool_wait_seconds_total", "pool", (_POOL, _ROUTE), "Time waited for connections: the victims.", "seconds"
 )
@@ -239,6 +264,14 @@ POOL_LONG_HOLDS = _counter(
     "pool",
     (_POOL, _ROUTE),
     "Connections held longer than the threshold, leaked ones among them; the log names where they were checked out.",
+    "connections",
+)
+POOL_LEAKED = _gauge(
+    "headroom_pool_leaked_connections",
+    "pool",
+    (_POOL, _ROUTE),
+    "Connections held longer than the threshold, now, that nobody is left to give back: the task or thread that took "
+    "them has ended, so has its request, and no statement runs on them.",
     "connections",
 )
 REPEATED_STATEMENTS = _counter(
@@ -298,6 +331,14 @@ DATABASE_CONNECTIONS_MAX = _gauge(
     "Connections that the database server lets the app open, over all its workers and instances: max_connections "
     "less what is reserved, or the tighter limit of the role or database.",
     "connections",
+    "livemax",
+)
+CONNECTION_BYTES = _gauge(
+    "headroom_database_connection_bytes",
+    "pool",
+    (_POOL,),
+    "Memory that an open connection takes on the database server: an estimate for the kind of server.",
+    "bytes",
     "livemax",
 )
 DB_OPERATION_DURATION = _histogram(

@@ -33,11 +33,6 @@ THRESHOLD = 0.2
 HERE = __name__
 
 
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
-
-
 @pytest.fixture(autouse=True)
 def probe(writer: Writer) -> Iterator[PoolProbe]:
     probe = PoolProbe(load({}, hold_threshold=THRESHOLD))

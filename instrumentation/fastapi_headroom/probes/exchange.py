@@ -266,6 +266,8 @@ class Exchange:
                 series.route.lifetime(kind)(ledger.started + duration - began)
         if ledger.trace is not None and not kind:
             series.exemplar(duration, ledger.trace)
+        if ledger.rows >= 0:
+            (series.route.rows or series.route.make_rows())(ledger.rows)
         received = self._received or (self._announced() if ledger.method in _WITH_BODY else 0)
         if received:
             (series.request_size or series.make_request_size())(received)

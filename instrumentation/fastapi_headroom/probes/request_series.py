@@ -42,6 +42,7 @@ class RouteSeries:
         "latency",
         "loop_hold",
         "queries",
+        "rows",
         "stages",
     )
 
@@ -52,6 +53,7 @@ class RouteSeries:
         self.first_byte: Histogram = writer.histogram(catalog.TIME_TO_FIRST_BYTE, route)
         self.loop_hold: Histogram = writer.histogram(catalog.LOOP_HOLD, route)
         self.queries: Histogram = writer.histogram(catalog.REQUEST_QUERIES, route)
+        self.rows: Write | None = None
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
         self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
         self.stages: list[Counter | None] = [None] * len(STAGES)
@@ -63,6 +65,11 @@ class RouteSeries:
         """Return the counter of a stage, made when the route first has time there."""
         counter = self.stages[stage] = self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage])
         return counter
+
+    def make_rows(self) -> Write:
+        """Return the histogram of rows, made when a driver first tells a number."""
+        self.rows = self._writer.histogram(catalog.REQUEST_ROWS, self._route).observe
+        return self.rows
 
     def lifetime(self, kind: str) -> Write:
         """Return the histogram of stream lifetimes: kind sse or stream."""
