@@ -109,7 +109,16 @@ class CacheProbe:
     """Measures Redis clients, and the in-process caches that report to it."""
 
     name: ClassVar[str] = "cache"
-    metrics: ClassVar[tuple[Metric, ...]] = (catalog.CACHE_REQUESTS, catalog.CACHE_OPERATION_DURATION)
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        catalog.CACHE_REQUESTS,
+        catalog.CACHE_OPERATION_DURATION,
+        catalog.CACHE_ENTRY_AGE,
+        catalog.CACHE_CONCURRENT_FILLS,
+        catalog.CACHE_DUPLICATE_FILLS,
+        catalog.CACHE_PAYLOAD,
+        catalog.CACHE_TIMEOUTS,
+        catalog.CACHE_INVALIDATIONS,
+    )
 
     def __init__(self, settings: Settings, names: Mapping[str, Any] | None = None) -> None:
         """Prepare to measure. ``names`` gives caches names of the user's choice: ``{"main": client}``."""
