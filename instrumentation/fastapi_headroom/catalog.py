@@ -29,6 +29,8 @@ ROW_COUNTS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
 DEMANDS = tuple(float(n) for n in (*range(11), 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 500))
 """Bounds for numbers of connections: exact up to 10, then within a quarter."""
+AGES = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0, 86_400.0)
+"""Bounds for the ages of cache entries, in seconds: from a second to a day."""
 LIFETIMES = (1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 
 
@@ -359,6 +361,49 @@ CACHE_REQUESTS = _counter(
 )
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
+)
+CACHE_ENTRY_AGE = _histogram(
+    "headroom_cache_entry_age_seconds",
+    "cache",
+    ("cache",),
+    "Age of entries when they were served: since this process wrote them with a time to live, or as the app says.",
+    AGES,
+)
+CACHE_CONCURRENT_FILLS = _gauge(
+    "headroom_cache_concurrent_fills",
+    "cache",
+    ("cache",),
+    "Misses of keys that somebody is filling already, now: the stampede. 0 when each missed key is filled once.",
+    "requests",
+)
+CACHE_DUPLICATE_FILLS = _counter(
+    "headroom_cache_duplicate_fills_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Misses that came while another request of the same worker was filling the same key.",
+    "requests",
+)
+CACHE_PAYLOAD = _histogram(
+    "headroom_cache_payload_bytes",
+    "cache",
+    ("cache", "direction"),
+    "Size of the values that were read and written: of one reply, or of the values of one command.",
+    SIZES,
+    "bytes",
+)
+CACHE_TIMEOUTS = _counter(
+    "headroom_cache_timeouts_total",
+    "cache",
+    ("cache",),
+    "Cache operations that gave up because the server did not answer in time; they are errors too.",
+    "timeouts",
+)
+CACHE_INVALIDATIONS = _counter(
+    "headroom_cache_invalidations_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Entries that the app threw away because what they hold had changed, as it says by cache_invalidated().",
+    "entries",
 )
 
 # --------------------------------------------------------------------- loop
