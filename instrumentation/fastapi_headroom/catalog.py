@@ -336,8 +336,7 @@ CACHE_LEVEL = _gauge(
     "headroom_cache_level",
     "cache",
     ("cache", "level"),
-    "1: the level that a cache belongs to. Caches without it are those of servers.",
-    mode="livemax",
+    "The level that a cache belongs to; the value is how many workers have it. Caches without it are servers.",
 )
 CACHE_EVICTIONS = _counter(
     "headroom_cache_evictions_total",
