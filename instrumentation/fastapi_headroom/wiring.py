@@ -50,8 +50,8 @@ def init(
     """Measure an app; return a handle whose ``shutdown()`` undoes it.
 
     FastAPI and Starlette apps are measured in place. Another ASGI callable is measured through the handle:
-    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines, pools, Redis clients and
-    caches in the process names of your own; all others are found and named by themselves. ``settings`` are the fields of
+    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines, pools, Redis clients and caches in the process
+    names of your own; all others are found and named by themselves. ``settings`` are the fields of
     :class:`~fastapi_headroom.settings.Settings`. A second ``init`` of the same app returns the same handle.
 
     Raises NotASGIError when ``app`` is not callable and SettingsError for a wrong argument.
