@@ -359,6 +359,65 @@ CACHE_REQUESTS = _counter(
     "Cache look-ups by result: hit, miss, stale or error. Keys are folded to patterns.",
     "requests",
 )
+CACHE_ENTRIES = _gauge(
+    "headroom_cache_entries",
+    "cache",
+    ("cache",),
+    "What a cache holds: entries, or what its own measure of size says; in-process caches summed over the workers.",
+    "entries",
+)
+CACHE_ENTRIES_LIMIT = _gauge(
+    "headroom_cache_entries_limit",
+    "cache",
+    ("cache",),
+    "What an in-process cache may hold, summed over the workers. No series where it may hold any number.",
+    "entries",
+)
+CACHE_LEVEL = _gauge(
+    "headroom_cache_level",
+    "cache",
+    ("cache", "level"),
+    "The level that a cache belongs to; the value is how many workers have it. Caches without it are servers.",
+)
+CACHE_EVICTIONS = _counter(
+    "headroom_cache_evictions_total",
+    "cache",
+    ("cache",),
+    "Entries thrown away to make room for others.",
+    "entries",
+)
+CACHE_EXPIRATIONS = _counter(
+    "headroom_cache_expirations_total",
+    "cache",
+    ("cache",),
+    "Entries of a cache server whose time to live was over.",
+    "entries",
+)
+CACHE_MEMORY = _gauge("headroom_cache_memory_bytes", "cache", ("cache",), "Memory that a cache server holds.", "bytes")
+CACHE_MEMORY_LIMIT = _gauge(
+    "headroom_cache_memory_limit_bytes",
+    "cache",
+    ("cache",),
+    "Memory that a cache server may hold; at the limit it evicts or refuses. No series where it has no limit.",
+    "bytes",
+)
+CACHE_CLIENTS = _gauge("headroom_cache_clients", "cache", ("cache",), "Connections to a cache server.", "connections")
+CACHE_CLIENTS_LIMIT = _gauge(
+    "headroom_cache_clients_limit", "cache", ("cache",), "Connections that a cache server accepts.", "connections"
+)
+CACHE_SERVER_LOOKUPS = _counter(
+    "headroom_cache_server_lookups_total",
+    "cache",
+    ("cache", "result"),
+    "Look-ups that a cache server counted itself, of all clients and databases: hit or miss.",
+    "requests",
+)
+CACHE_SERVER_INFO = _gauge(
+    "headroom_cache_server_info",
+    "cache",
+    ("cache", "server", "version", "eviction_policy"),
+    "1: what a cache server is, and what it does at its memory limit.",
+)
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
 )

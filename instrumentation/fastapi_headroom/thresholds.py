@@ -49,6 +49,16 @@ CACHE_DROP: Final = 0.5
 """A hit ratio under this share of a day ago's is a fault."""
 CACHE_LOOKUPS_FLOOR: Final = 1.0
 """Look-ups per second under which a hit ratio means nothing."""
+CACHE_STALE_SHARE: Final = 0.05
+"""Share of a key pattern's look-ups that may be answered out of date."""
+CACHE_DUPLICATE_SHARE: Final = 0.25
+"""Share of a key pattern's misses that may come while another request is filling the same key."""
+CACHE_DUPLICATES_FLOOR: Final = 0.5
+"""Such misses per second under which nobody is hurt by them."""
+CACHE_ERROR_SHARE: Final = 0.05
+"""Share of look-ups that may fail."""
+CACHE_MEMORY_SHARE: Final = 0.9
+"""Share of its memory limit that a cache server may hold that refuses writes at it."""
 QUEUE_AGE_SECONDS: Final = 60.0
 MEMORY_SHARE: Final = 0.9
 DESCRIPTOR_SHARE: Final = 0.9
