@@ -11,6 +11,7 @@ two hosts: where they disagree by more than the wait it counts as 0.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,11 +29,13 @@ from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.queue_adapters.celery import ENQUEUED_AT
 from fastapi_headroom.probes.queue_adapters.times import parse_time
 from fastapi_headroom.store.writer import Histogram, Writer
-from fastapi_headroom.tracing import spans
+from fastapi_headroom.tracing import jobs, spans
 
 _UID = "fastapi-headroom"
 _STARTED_AT = "headroom_started_at"
 """Attribute of a task's request, in seconds of ``perf_counter``."""
+_SPAN = "headroom_span"
+"""Attribute of a task's request: the span of the run."""
 _SYSTEMS = {"redis": "redis", "rediss": "redis", "sentinel": "redis", "amqp": "rabbitmq", "amqps": "rabbitmq",
             "pyamqp": "rabbitmq", "librabbitmq": "rabbitmq", "sqs": "aws_sqs", "": "rabbitmq"}  # fmt: skip
 """``messaging_system`` by the scheme of the broker's URL; other schemes stand for themselves."""
@@ -153,6 +156,8 @@ class CeleryHooks:
             setattr(request, _STARTED_AT, time.perf_counter())
             key = (self._system(task.app), self._queue(request))
             name = self._tasks(task.name)
+            if spans.active and not traced_by_user():
+                setattr(request, _SPAN, jobs.begin(request.get, *key, task.name, str(request.id)))
             writer.counter(catalog.QUEUE_RETRIES, *key, name)  # there with 0 from the first run
             enqueued = request.get(ENQUEUED_AT)
             if not isinstance(enqueued, int | float):
@@ -166,19 +171,24 @@ class CeleryHooks:
             self._guard.failed(error)
 
     def _after_run(self, task: Any = None, state: Any = None, retval: Any = None, **_: Any) -> None:
-        if (writer := self._writer) is None:
-            return
         try:
             request = task.request
-            started = request.get(_STARTED_AT)
+            started, span = request.get(_STARTED_AT), request.get(_SPAN)
             if started is None:
                 return
             elapsed = time.perf_counter() - started
+            if span is not None:
+                setattr(request, _SPAN, None)
+                span.end(self._error(state, retval))
+            if (writer := self._writer) is None:
+                return
             key = (self._system(task.app), self._queue(request), self._tasks(task.name), self._error(state, retval))
             handle = self._process.get(key)
             if handle is None:
                 handle = self._process[key] = writer.histogram(catalog.PROCESS_DURATION, *key)
             handle.observe(elapsed)
+            if span is not None and (ids := span.sampled) is not None:
+                writer.exemplar(handle, elapsed, *ids)
             if state == "RETRY":
                 writer.counter(catalog.QUEUE_RETRIES, *key[:3]).inc()
         except Exception as error:
@@ -203,3 +213,10 @@ class CeleryHooks:
             scheme = urlsplit(url).scheme
             system = self._systems[app] = _SYSTEMS.get(scheme, scheme)
         return system
+
+
+def traced_by_user() -> bool:
+    """Return whether OpenTelemetry's own instrumentation of Celery is on: it makes the span of a run then."""
+    module = sys.modules.get("opentelemetry.instrumentation.celery")
+    instrumentor = getattr(module, "CeleryInstrumentor", None)  # a singleton
+    return instrumentor is not None and bool(instrumentor().is_instrumented_by_opentelemetry)
