@@ -69,9 +69,7 @@ def begin(
         "messaging.message.id": job,
         "headroom.task": task,
     }
-    span = start(
-        f"process {queue}", context=parent, kind=SpanKind.CONSUMER, attributes=attributes, start_time=start_ns
-    )
+    span = start(f"process {queue}", context=parent, kind=SpanKind.CONSUMER, attributes=attributes, start_time=start_ns)
     token = context.attach(set_span_in_context(span, parent)) if start_ns is None else None
     return JobSpan(span, token)
 
