@@ -399,9 +399,8 @@ QUEUE_CONSUMERS = _gauge(
     "headroom_queue_consumers",
     "queue",
     (_SYSTEM, _QUEUE, "priority"),
-    "Consumers that take jobs from the queue.",
+    "Consumers that take jobs from the queue: as the broker says, or else the workers that take from it.",
     "consumers",
-    "livemax",
 )
 QUEUE_OLDEST_AGE = _gauge(
     "headroom_queue_oldest_age_seconds",

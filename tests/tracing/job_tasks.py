@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 from celery import Celery
 from sqlalchemy import create_engine, text
 
 celery = Celery("orders", broker=os.environ["TEST_BROKER_URL"])
-celery.conf.update(task_default_queue="mail", task_ignore_result=True, broker_connection_retry_on_startup=True)
+celery.conf.update(
+    task_default_queue="mail", task_ignore_result=True, broker_connection_retry_on_startup=True, worker_lost_wait=0.5
+)
 
 
 def look(number: int) -> None:
@@ -32,6 +35,12 @@ def again_task(self: Any, number: int) -> None:
     if not self.request.retries:
         raise self.retry(exc=ConnectionError("busy"), countdown=0)
     look(number)
+
+
+@celery.task(name="orders.die")
+def die_task(number: int) -> None:
+    """End the process, as the kernel does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def instrument() -> None:

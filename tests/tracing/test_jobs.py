@@ -98,11 +98,17 @@ def test_a_request_and_its_job_are_one_trace(kind: str, broker: str, tmp_path: P
     assert sum(span.kind == "CONSUMER" for span in receiver.spans) == 2
 
 
-def test_a_retry_is_in_the_trace_of_the_request(broker: str, tmp_path: Path) -> None:
-    """A job that is tried again has a span for each attempt, all in the one trace of the request."""
+def test_each_attempt_has_a_span_whatever_became_of_it(broker: str, tmp_path: Path) -> None:
+    """A job that is tried again has a span for each attempt, all in the one trace of the request, and one that was
+    killed has its span from the worker's main process."""
     with Receiver() as receiver, running("prefork", receiver, broker, tmp_path) as server:
         server.get("/celery/again?number=7")
         (tree,) = trace_of(receiver, "CONSUMER", jobs=2)
+        server.get("/celery/die?number=7")
+        wait_until(lambda: sum(span.kind == "CONSUMER" for span in receiver.spans) == 3, 15, "the killed run's span")
+        (killed,) = (t for t in trace_of(receiver, "CONSUMER", 2) if any("die" in str(s.attributes) for s in t))
+    request, run = killed
+    assert (run.parent, run.attributes["error.type"]) == (request.id, "WorkerLostError")
     first, second = (span for span in tree if span.kind == "CONSUMER")
     assert first.attributes["error.type"] == "ConnectionError"
     assert "error.type" not in second.attributes

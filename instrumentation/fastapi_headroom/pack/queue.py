@@ -14,6 +14,11 @@ SYSTEM, QUEUE = "messaging_system", "messaging_destination_name"
 LABELS = ("job", SYSTEM, QUEUE, "priority")
 
 
+# Who consumes and which run failed is known by queue, not by priority.
+NAMED = ("job", SYSTEM, QUEUE)
+TASK = (*NAMED, "headroom_task")
+
+
 def _too_old() -> str:
     age = promql.by("max", LABELS, promql.highest(catalog.QUEUE_OLDEST_AGE, "2m"))
     return f"{age} > {promql.number(thresholds.QUEUE_AGE_SECONDS)}"
@@ -25,6 +30,23 @@ def _not_draining() -> str:
     return (
         f"{least} > {promql.number(thresholds.QUEUE_BACKLOG_JOBS)}\n"
         f"and {promql.by('max', LABELS, f'deriv({depth}[30m])')} > 0"
+    )
+
+
+def _no_consumers() -> str:
+    # Where workers and not the broker tell who consumes, the last one to die takes the series with it.
+    waiting = promql.by("max", NAMED, promql.highest(catalog.QUEUE_DEPTH, "2m"))
+    now = promql.by("max", NAMED, promql.highest(catalog.QUEUE_CONSUMERS, "2m"))
+    known = promql.by("max", NAMED, promql.highest(catalog.QUEUE_CONSUMERS, "1d"))
+    return f"{waiting} > 0\nunless {now} > 0\nand {known} >= 0"
+
+
+def _job_failures() -> str:
+    failed = promql.by("sum", TASK, promql.rate(catalog.PROCESS_DURATION, "5m", 'error_type!=""', suffix="_count"))
+    runs = promql.by("sum", TASK, promql.rate(catalog.PROCESS_DURATION, "5m", suffix="_count"))
+    return (
+        f"{failed}\n/ {runs}\n> {promql.number(thresholds.JOB_FAILURE_SHARE)}\n"
+        f"and {failed} > {promql.number(thresholds.JOB_FAILURE_RATE)}"
     )
 
 
@@ -52,6 +74,33 @@ RULES = (
         description=(
             f"{{{{ $labels.job }}}}: queue {{{{ $labels.{QUEUE} }}}} (priority {{{{ $labels.priority }}}}) has had "
             '{{ $value | printf "%.0f" }} jobs or more ready for 30 minutes, and grows.'
+        ),
+        board=UID,
+        variables=(*JOB, ("queue", QUEUE)),
+    ),
+    Rule(
+        name="QueueNoConsumers",
+        expression=_no_consumers(),
+        severity="critical",
+        pending="5m",
+        summary="Jobs wait in a queue that nobody takes from.",
+        description=(
+            f"{{{{ $labels.job }}}}: queue {{{{ $labels.{QUEUE} }}}} has no consumer, and at least "
+            '{{ $value | printf "%.0f" }} jobs of one priority are ready.'
+        ),
+        board=UID,
+        variables=(*JOB, ("queue", QUEUE)),
+    ),
+    Rule(
+        name="JobFailures",
+        expression=_job_failures(),
+        severity="warning",
+        pending="2m",
+        keep_firing="5m",
+        summary="A task's jobs fail.",
+        description=(
+            "{{ $labels.job }}: {{ $value | humanizePercentage }} of the runs of {{ $labels.headroom_task }} "
+            f"(queue {{{{ $labels.{QUEUE} }}}}) end in an error."
         ),
         board=UID,
         variables=(*JOB, ("queue", QUEUE)),

@@ -32,7 +32,6 @@ class JobSpan:
 
     def end(self, error_type: str = "", end_ns: int | None = None) -> None:
         """End the span, as failed where there is an error type, and make the one before it the current one."""
-        from opentelemetry import context
         from opentelemetry.trace import StatusCode
 
         try:
@@ -41,8 +40,15 @@ class JobSpan:
                 self._span.set_status(StatusCode.ERROR)
             self._span.end(end_ns)
         finally:
-            if self._token is not None:
-                context.detach(self._token)
+            self.leave()
+
+    def leave(self) -> None:
+        """Make the span before it the current one, and never end this one: another process tells of the run."""
+        from opentelemetry import context
+
+        token, self._token = self._token, None
+        if token is not None:
+            context.detach(token)
 
 
 def begin(
