@@ -436,6 +436,20 @@ BACKGROUND_TASKS = _gauge(
 BACKGROUND_TASK_DURATION = _histogram(
     "headroom_background_task_duration_seconds", "queue", ("headroom_task",), "Run time of BackgroundTasks.", H14
 )
+BACKGROUND_TASK_WAIT = _histogram(
+    "headroom_background_task_wait_seconds",
+    "queue",
+    ("headroom_task",),
+    "Time from when a request made a BackgroundTask to its start: the rest of the request, and the tasks before it.",
+    QUEUE_WAITS,
+)
+BACKGROUND_TASK_FAILURES = _counter(
+    "headroom_background_task_failures_total",
+    "queue",
+    ("headroom_task",),
+    "BackgroundTasks that ended in an error; those of the same response that stood behind them never ran.",
+    "tasks",
+)
 
 # ------------------------------------------------------------------ runtime
 PROCESS_MEMORY = _gauge(

@@ -111,12 +111,24 @@ RULES = (
 _QUEUES = f'{QUEUE}=~"$queue"'
 _NAME = f"{{{{{QUEUE}}}}} {{{{priority}}}}"
 _SAME = (SYSTEM, QUEUE, "priority")
+_CUT_SHORT = (
+    "SoftTimeLimitExceeded", "TimeLimitExceeded", "WorkerLostError",  # Celery
+    "JobTimeoutException", "WorkHorseKilled",  # RQ
+    "TimeoutError", "CancelledError",  # asyncio, for what is built on it
+)  # fmt: skip
+"""Error types of runs that a time limit ended, or whose process was killed."""
 
 
 def _gauge(metric: catalog.Metric, labels: tuple[str, ...] = _SAME) -> str:
     # Several sidecars may see the same queue: the highest value, not the sum, is the queue's.
     seen = promql.by("max", _SAME, promql.shown(metric, _QUEUES))
     return seen if labels == _SAME else promql.by("sum", labels, seen)
+
+
+def _consumers() -> str:
+    # Workers that tell it themselves take the series with them when they die: nobody is left, which is 0.
+    gone = promql.by("max", _SAME, f"last_over_time({promql.shown(catalog.QUEUE_CONSUMERS, _QUEUES)}[$__range])")
+    return f"{_gauge(catalog.QUEUE_CONSUMERS)} or 0 * {gone}"
 
 
 def _published(labels: tuple[str, ...] = ()) -> str:
@@ -245,7 +257,7 @@ def _backlog_row() -> Row:
                     "Consumers",
                     "Who takes jobs from the queue? None means that nobody does. Not every broker shows it.",
                     "short",
-                    Query(_gauge(catalog.QUEUE_CONSUMERS), _NAME),
+                    Query(_consumers(), _NAME),
                     decimals=0,
                 ),
                 panels.lines(
@@ -273,6 +285,11 @@ def _jobs_row() -> Row:
         "sum", (task, "error_type"), promql.flow(catalog.PROCESS_DURATION, _QUEUES, 'error_type!=""', suffix="_count")
     )
     retries = promql.by("sum", (task,), promql.flow(catalog.QUEUE_RETRIES, _QUEUES))
+    cut = promql.by(
+        "sum",
+        (task, "error_type"),
+        promql.flow(catalog.PROCESS_DURATION, _QUEUES, f'error_type=~"{"|".join(_CUT_SHORT)}"', suffix="_count"),
+    )
     return Row(
         "Which jobs?",
         (
@@ -311,6 +328,15 @@ def _jobs_row() -> Row:
                     Query(promql.or_zero(f"({retries} > 0)", task), f"retry {{{{{task}}}}}"),
                 ),
                 panels.lines(
+                    "Time-outs and killed runs",
+                    (
+                        "Which task is cut short, by its time limit or because its process was killed? Killed mostly "
+                        "means out of memory. Soft limits and time-outs that a job handles itself do not show."
+                    ),
+                    "ops",
+                    Query(promql.or_zero(f"({cut} > 0)", task), f"{{{{{task}}}}} {{{{error_type}}}}"),
+                ),
+                panels.lines(
                     "In progress",
                     "How many jobs are with a consumer and not yet acknowledged? Far more than consumers: prefetching.",
                     "short",
@@ -331,6 +357,7 @@ def _jobs_row() -> Row:
 def _background_row() -> Row:
     task = "headroom_task"
     running = promql.by("sum", (task,), promql.shown(catalog.BACKGROUND_TASKS))
+    failed = promql.by("sum", (task,), promql.flow(catalog.BACKGROUND_TASK_FAILURES))
     return Row(
         "BackgroundTasks inside the web workers",
         across(
@@ -348,6 +375,18 @@ def _background_row() -> Row:
                 "How long do they take? Long ones are lost when a worker is restarted.",
                 "s",
                 Query(promql.shown_quantile(0.95, catalog.BACKGROUND_TASK_DURATION, (task,)), f"{{{{{task}}}}}"),
+            ),
+            panels.lines(
+                "Wait before the start, p95",
+                "How long do they wait for the rest of their request, and for the tasks of it that stand before them?",
+                "s",
+                Query(promql.shown_quantile(0.95, catalog.BACKGROUND_TASK_WAIT, (task,)), f"{{{{{task}}}}}"),
+            ),
+            panels.lines(
+                "Failures",
+                "Which of them fail? Nobody tries again, and those of the same response behind a failed one never run.",
+                "ops",
+                Query(failed, f"{{{{{task}}}}}"),
             ),
         ),
     )

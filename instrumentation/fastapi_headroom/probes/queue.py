@@ -36,6 +36,8 @@ class QueueProbe:
         catalog.QUEUE_CONSUMERS,
         catalog.BACKGROUND_TASKS,
         catalog.BACKGROUND_TASK_DURATION,
+        catalog.BACKGROUND_TASK_WAIT,
+        catalog.BACKGROUND_TASK_FAILURES,
     )
 
     def __init__(self, settings: Settings) -> None:
