@@ -544,9 +544,8 @@ QUEUE_CONSUMERS = _gauge(
     "headroom_queue_consumers",
     "queue",
     (_SYSTEM, _QUEUE, "priority"),
-    "Consumers that take jobs from the queue.",
+    "Consumers that take jobs from the queue: as the broker says, or else the workers that take from it.",
     "consumers",
-    "livemax",
 )
 QUEUE_OLDEST_AGE = _gauge(
     "headroom_queue_oldest_age_seconds",
@@ -581,6 +580,20 @@ BACKGROUND_TASKS = _gauge(
 )
 BACKGROUND_TASK_DURATION = _histogram(
     "headroom_background_task_duration_seconds", "queue", ("headroom_task",), "Run time of BackgroundTasks.", H14
+)
+BACKGROUND_TASK_WAIT = _histogram(
+    "headroom_background_task_wait_seconds",
+    "queue",
+    ("headroom_task",),
+    "Time from when a request made a BackgroundTask to its start: the rest of the request, and the tasks before it.",
+    QUEUE_WAITS,
+)
+BACKGROUND_TASK_FAILURES = _counter(
+    "headroom_background_task_failures_total",
+    "queue",
+    ("headroom_task",),
+    "BackgroundTasks that ended in an error; those of the same response that stood behind them never ran.",
+    "tasks",
 )
 
 # ------------------------------------------------------------------ runtime

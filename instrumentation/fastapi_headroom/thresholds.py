@@ -71,3 +71,7 @@ THREADS_WAITING: Final = 1.0
 """Tasks that wait for a thread of AnyIO's pool, on average, from which on the pool counts as saturated."""
 QUEUE_BACKLOG_JOBS: Final = 10.0
 """Jobs that a queue always has ready while it grows: fewer are no backlog."""
+JOB_FAILURE_SHARE: Final = 0.1
+"""Share of a task's runs that may end in an error, retries among them."""
+JOB_FAILURE_RATE: Final = 0.01
+"""Failed runs of one task per second under which nothing is said (three in five minutes)."""

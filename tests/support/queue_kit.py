@@ -31,6 +31,9 @@ class Subject(ABC):
     sees: ClassVar[frozenset[Metric]]
     """The rows that its poller writes; the rows of other states must never show up."""
 
+    tells: ClassVar[frozenset[Metric]] = frozenset()
+    """The rows that its workers write in the poller's place, into ``store`` in the folder."""
+
     measures: ClassVar[bool] = False
     """Whether the kit's worker measures its jobs, into ``store`` in the folder."""
 

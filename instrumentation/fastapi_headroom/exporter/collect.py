@@ -68,6 +68,10 @@ class Collector:
             self._pools.alive = snapshot.alive
             rows += self._pools.rows()
         own = _by_metric(rows)
+        if catalog.QUEUE_CONSUMERS in own and (family := families.get(catalog.QUEUE_CONSUMERS.family)) is not None:
+            # Workers tell it where the broker cannot, so there are rows of both kinds.
+            told = {labels: value for _, labels, value in family.samples} | dict(own[catalog.QUEUE_CONSUMERS])
+            own[catalog.QUEUE_CONSUMERS] = list(told.items())
         merged = {
             metric.name: [(labels, value) for (_, labels), value in zip(family.rows.series, family.values, strict=True)]
             for metric in READS
