@@ -6,6 +6,7 @@ import re
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.cache import CacheProbe
+from fastapi_headroom.probes.caches.probe import LocalCachesProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
@@ -14,10 +15,22 @@ from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.request import RequestProbe
 from fastapi_headroom.probes.runtime import RuntimeProbe
 
-PROBES = (RequestProbe, HttpClientProbe, PoolProbe, OtherPoolsProbe, CacheProbe, LoopProbe, QueueProbe, RuntimeProbe)
+PROBES = (
+    RequestProbe,
+    HttpClientProbe,
+    PoolProbe,
+    OtherPoolsProbe,
+    CacheProbe,
+    LocalCachesProbe,
+    LoopProbe,
+    QueueProbe,
+    RuntimeProbe,
+)
 OF_THE_EXPORTER = {catalog.WORKERS, catalog.REMAINING, catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE}
 OF_THE_EXPORTER |= {catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED, catalog.QUEUE_CONSUMERS}
 OF_THE_EXPORTER |= {catalog.QUEUE_IN_PROGRESS, catalog.WORKER_RESTARTS}  # restarts: the store, when it claims a slot
+OF_THE_EXPORTER |= {catalog.CACHE_MEMORY, catalog.CACHE_MEMORY_LIMIT, catalog.CACHE_EXPIRATIONS, catalog.CACHE_CLIENTS}
+OF_THE_EXPORTER |= {catalog.CACHE_CLIENTS_LIMIT, catalog.CACHE_SERVER_LOOKUPS, catalog.CACHE_SERVER_INFO}
 
 
 def test_every_row_has_somebody_who_writes_it() -> None:

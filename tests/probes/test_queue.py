@@ -272,14 +272,14 @@ def test_publishing_is_timed_and_charged_to_the_request(broker: redis_client.Red
     """Handing a job over is counted by queue and opens and closes the publish stage of the request's ledger."""
     calls: list[tuple[str, int]] = []
 
-    class Recorder:
+    class Recorder(ledger.Ledger):
         def enter(self, stage: int) -> None:
             calls.append(("enter", stage))
 
         def leave(self, stage: int) -> None:
             calls.append(("leave", stage))
 
-    token = ledger.current.set(Recorder())  # type: ignore[arg-type]
+    token = ledger.current.set(Recorder())
     try:
         celery_app.send.apply_async(queue="reports")
     finally:

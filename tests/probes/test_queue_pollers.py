@@ -27,10 +27,14 @@ FILLING = {
     "redis.call('RPUSH', 'rq:queue:mail', 'job' .. i) "
     "redis.call('ZADD', 'rq:scheduled:mail', 4e9 + i, 'later' .. i) end "
     "redis.call('HSET', 'rq:job:job1', 'enqueued_at', '2026-01-01T00:00:00.000000Z')",
+    # behind as many running ones as are looked at
+    "arq": "for i = 1, ARGV[1] + 499 do redis.call('ZADD', 'mail', i, 'job' .. i) end "
+    "for i = 1, 499 do redis.call('SET', 'arq:in-progress:job' .. i, '1') end",
 }
 ALLOWED = {"llen", "lindex", "hlen", "hget", "zcard", "zcount", "zrange", "scard", "smembers", "exists"}
 ALLOWED |= {"xinfo|groups", "xlen", "xrange"}
-"""O(1), O(log n), or of as many steps as there are groups, queues or workers, all few."""
+ALLOWED |= {"multi", "mget", "exec"}
+"""O(1), O(log n), or of as many steps as there are groups, queues, workers or running jobs, all few."""
 BESIDE = {"config|resetstat", "info", "client|setinfo", "hello"}
 
 

@@ -98,7 +98,9 @@ class Subject(ABC):
         """Return the environment of a worker."""
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "instrumentation")]),
+            "PYTHONPATH": os.pathsep.join(
+                [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "instrumentation")]
+            ),
             "C_FORCE_ROOT": "1",
             "HEADROOM_DIRECTORY": str(self.folder / "store"),
         }

@@ -5,46 +5,21 @@ from __future__ import annotations
 import json
 import time
 from datetime import timedelta
-from typing import Any, ClassVar
+from importlib.util import find_spec
+from typing import Any
 
 import amqp
 import kombu.pools
-import redis
 import rq
 
-from demo_app.stack.servers import RabbitMQ, Redis
+from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
 from tests.support.queue_kit import PYTHON, Subject
+from tests.support.queue_redis import OnRedis
 
 DEPTH, AGE = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE
 BUSY, CONSUMERS = catalog.QUEUE_IN_PROGRESS, catalog.QUEUE_CONSUMERS
-
-
-class OnRedis(Subject):
-    """What all queues on Redis share."""
-
-    system = "redis"
-    broker = Redis
-    kind: ClassVar[str]
-
-    @property
-    def url(self) -> str:
-        """The sidecar's URL."""
-        return f"{self.kind}+{self.server.url}?queues=mail"  # type: ignore[attr-defined]
-
-    @property
-    def client(self) -> Any:
-        """A client of the broker."""
-        return redis.Redis.from_url(self.server.url)  # type: ignore[attr-defined]
-
-    def start(self) -> None:
-        """Begin with an empty Redis."""
-        self.client.flushall()
-
-    def purge(self) -> None:
-        """Delete the queue's key."""
-        self.client.delete("mail")
 
 
 class RedisList(OnRedis):
@@ -216,3 +191,7 @@ def disconnect() -> None:
 
 
 SUBJECTS: tuple[type[Subject], ...] = (RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ)
+if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
+    from tests.support.arq_subject import Arq
+
+    SUBJECTS += (Arq,)

@@ -1,4 +1,4 @@
-"""The queue probe: jobs handed to Celery and RQ and run by their workers, and Starlette's BackgroundTasks.
+"""The queue probe: jobs handed to task libraries and run by their workers, and Starlette's BackgroundTasks.
 
 Depth and age of queues are not measured here but polled by the exporter (``queue_adapters``), so that they are
 there when the app is down.
@@ -7,8 +7,9 @@ there when the app is down.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
@@ -17,11 +18,28 @@ from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 
-if TYPE_CHECKING:
-    from fastapi_headroom.probes.queue_adapters.celery_hooks import CeleryHooks
-    from fastapi_headroom.probes.queue_adapters.rq_hooks import RQHooks
-
 _UID = "fastapi-headroom"
+
+
+class _Hooks(Protocol):
+    def bind(self, writer: Writer) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class _Sampled(Protocol):
+    """Hooks that have something to write at intervals."""
+
+    def sample(self) -> None: ...
+
+
+_LIBRARIES: Final = (
+    # where it is there once the library has been imported as a whole; module and class of our hooks
+    (("celery.app.base", "Celery"), "celery_hooks", "CeleryHooks"),
+    (("rq", "Worker", "SimpleWorker"), "rq_hooks", "RQHooks"),
+    (("arq", "Worker", "run_worker"), "arq_hooks", "ArqHooks"),
+)
 
 
 class QueueProbe:
@@ -43,52 +61,49 @@ class QueueProbe:
     def __init__(self, settings: Settings) -> None:
         self.guard = Guard(self.name)
         self._background = BackgroundTaskHooks(self.guard)
-        self._celery: CeleryHooks | None = None
-        self._rq: RQHooks | None = None
+        self._hooks: dict[str, _Hooks] = {}
         self._writer: Writer | None = None
 
     def bind(self, writer: Writer) -> None:
-        """Attach to BackgroundTasks, and to Celery and RQ where the process has imported them."""
+        """Attach to BackgroundTasks, and to the task libraries that the process has imported."""
         self._writer = writer
         self._background.bind(writer)
-        for hooks in (self._celery, self._rq):
-            if hooks is not None:
-                hooks.bind(writer)
+        for hooks in list(self._hooks.values()):
+            hooks.bind(writer)
         self._look_for_libraries()
 
     def sample(self) -> None:
-        """Attach to Celery and RQ when the process imported them since; write who consumes."""
+        """Attach to the libraries that the process imported since; write who consumes."""
         self._look_for_libraries()
-        if self._celery is not None:
-            self._celery.sample()
+        for hooks in list(self._hooks.values()):
+            if isinstance(hooks, _Sampled):
+                hooks.sample()
 
     def close(self) -> None:
         """Detach from all of them."""
         self._writer = None
         self._background.close()
-        for hooks in (self._celery, self._rq):
-            if hooks is not None:
-                hooks.close()
+        for hooks in list(self._hooks.values()):
+            hooks.close()
 
     def _look_for_libraries(self) -> None:
         # An app that does not use a library must not pay for its import; a module that is just being imported
         # by another thread has no such attribute yet and is found at the next look.
         if (writer := self._writer) is None:
             return
-        if self._celery is None and _imported("celery.app.base", "Celery"):
-            from fastapi_headroom.probes.queue_adapters.celery_hooks import CeleryHooks
+        for (module, *attributes), name, kind in _LIBRARIES:
+            if name in self._hooks or not _imported(module, attributes):
+                continue
+            try:
+                adapter = import_module(f"fastapi_headroom.probes.queue_adapters.{name}")
+                hooks = self._hooks[name] = getattr(adapter, kind)(self.guard)
+                hooks.bind(writer)
+            except Exception as error:  # a release that is not as we know it costs its own series, and no other's
+                self.guard.failed(error)
 
-            self._celery = CeleryHooks(self.guard)
-            self._celery.bind(writer)
-        if self._rq is None and _imported("rq", "Worker") and _imported("rq", "SimpleWorker"):
-            from fastapi_headroom.probes.queue_adapters.rq_hooks import RQHooks
 
-            self._rq = RQHooks(self.guard)
-            self._rq.bind(writer)
-
-
-def _imported(module: str, attribute: str) -> bool:
-    return getattr(sys.modules.get(module), attribute, None) is not None
+def _imported(module: str, attributes: Iterable[str]) -> bool:
+    return all(getattr(sys.modules.get(module), name, None) is not None for name in attributes)
 
 
 def install_worker(bind: Callable[[], None], shutdown: Callable[[], None]) -> None:

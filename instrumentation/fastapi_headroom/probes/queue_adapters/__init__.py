@@ -6,6 +6,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.probes.queue_adapters.arq import ArqPoller
 from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
 from fastapi_headroom.probes.queue_adapters.celery_rabbitmq import CeleryRabbitMQPoller
@@ -27,6 +28,8 @@ _BY_SCHEME: dict[str, _Kind] = {
     "celery+amqps": CeleryRabbitMQPoller,
     "rq+redis": RQPoller,
     "rq+rediss": RQPoller,
+    "arq+redis": ArqPoller,
+    "arq+rediss": ArqPoller,
     "stream+redis": RedisStreamPoller,
     "stream+rediss": RedisStreamPoller,
     "list+redis": RedisListPoller,

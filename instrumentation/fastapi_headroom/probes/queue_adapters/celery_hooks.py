@@ -14,7 +14,6 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -22,12 +21,14 @@ from weakref import WeakKeyDictionary
 from celery import signals
 from celery.app.base import Celery
 
-from fastapi_headroom import catalog, ledger
+from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER, BoundedNames
 from fastapi_headroom.probes.patches import Patches
+from fastapi_headroom.probes.queue_adapters import publishing
 from fastapi_headroom.probes.queue_adapters.celery import ENQUEUED_AT
 from fastapi_headroom.probes.queue_adapters.celery_worker import CeleryWorker, parent_counts
+from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
 from fastapi_headroom.probes.queue_adapters.times import parse_time
 from fastapi_headroom.store.writer import Histogram, Writer
 from fastapi_headroom.tracing import jobs, spans
@@ -42,18 +43,6 @@ _SYSTEMS = {"redis": "redis", "rediss": "redis", "sentinel": "redis", "amqp": "r
 """``messaging_system`` by the scheme of the broker's URL; other schemes stand for themselves."""
 
 
-class _Publication:
-    """One ``send_task`` under way: learns from the signal where the message goes."""
-
-    __slots__ = ("queue",)
-
-    def __init__(self) -> None:
-        self.queue: str | None = None
-
-
-_publication: ContextVar[_Publication | None] = ContextVar("headroom_publication", default=None)
-
-
 class CeleryHooks:
     """Hooks on all Celery apps of this process."""
 
@@ -64,16 +53,17 @@ class CeleryHooks:
         self._patches = Patches()
         self._queues, self._tasks, self._errors = BoundedNames(), BoundedNames(), BoundedNames()
         self._systems: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
-        self._publish: dict[tuple[str, str], Histogram] = {}
+        self._publishing = Publishing(guard)
         self._wait: dict[tuple[str, str], Histogram] = {}
         self._process: dict[tuple[str, str, str, str], Histogram] = {}
         self._worker = CeleryWorker(guard, self)
 
     def bind(self, writer: Writer) -> None:
         """Write to ``writer`` from now on, and attach if that was not done before."""
-        self._publish, self._wait, self._process = {}, {}, {}
+        self._wait, self._process = {}, {}
         self._writer = writer
         self._worker.bind(writer)
+        self._publishing.bind(writer)
         if self._attached:
             return
         self._attached = True
@@ -90,6 +80,7 @@ class CeleryHooks:
         """Detach from everything."""
         self._writer = None
         self._worker.close()
+        self._publishing.bind(None)
         if not self._attached:
             return
         self._attached = False
@@ -104,20 +95,8 @@ class CeleryHooks:
         def send_task(app: Celery, *args: Any, **kwargs: Any) -> Any:
             if self._writer is None:
                 return original(app, *args, **kwargs)
-            publication = _Publication()
-            token = _publication.set(publication)
-            request = ledger.current.get()
-            if request is not None:
-                request.enter(ledger.PUBLISH)
-            started = time.perf_counter()
-            try:
+            with Publication(self._publishing, self._system_or_none(app)):
                 return original(app, *args, **kwargs)
-            finally:
-                elapsed = time.perf_counter() - started
-                if request is not None:
-                    request.leave(ledger.PUBLISH)
-                _publication.reset(token)
-                self._published(app, publication, elapsed)
 
         return send_task
 
@@ -130,24 +109,9 @@ class CeleryHooks:
                 headers[ENQUEUED_AT] = time.time()
                 if spans.active:
                     spans.inject(headers)
-            if (publication := _publication.get()) is not None:
+            if (publication := publishing.current.get()) is not None:
                 name = getattr(declare[0], "name", None) if declare else None
                 publication.queue = str(name or routing_key or "")
-        except Exception as error:
-            self._guard.failed(error)
-
-    def _published(self, app: Celery, publication: _Publication, elapsed: float) -> None:
-        if publication.queue is None or (writer := self._writer) is None:
-            return  # it failed before there was a message
-        try:
-            key = (self.system(app), publication.queue)
-            handle = self._publish.get(key)
-            if handle is None:
-                system, queue = key[0], self._queues(key[1])
-                handle = writer.histogram(catalog.PUBLISH_DURATION, system, "publish", queue)
-                if queue != OTHER:
-                    self._publish[key] = handle
-            handle.observe(elapsed)
         except Exception as error:
             self._guard.failed(error)
 
@@ -223,6 +187,13 @@ class CeleryHooks:
     def task(self, name: str) -> str:
         """Return a task's name, ``_OTHER`` for one too many."""
         return self._tasks(name)
+
+    def _system_or_none(self, app: Celery) -> str:
+        """Return the system of an app, nothing where its configuration cannot be read: it raises in its own time."""
+        try:
+            return self.system(app)
+        except Exception:
+            return ""
 
     def system(self, app: Celery) -> str:
         """Return the broker's kind as ``messaging_system`` says it."""

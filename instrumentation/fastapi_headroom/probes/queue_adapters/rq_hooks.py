@@ -21,18 +21,18 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from datetime import UTC
 from typing import Any, Final
 
 from rq import Queue, SimpleWorker, Worker
 from rq.job import Job, JobStatus, Retry
 
-from fastapi_headroom import catalog, ledger
+from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER, BoundedNames
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters import rq_trace
+from fastapi_headroom.probes.queue_adapters import publishing, rq_trace
+from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
 from fastapi_headroom.probes.queue_adapters.redis_link import SYSTEM
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import jobs, spans
@@ -40,7 +40,6 @@ from fastapi_headroom.tracing import jobs, spans
 PUBLISHING: Final = ("enqueue_call", "enqueue_job", "enqueue_many", "schedule_job")
 """The methods of Queue that all ways to hand a job over go through. Some of them call each other."""
 KILLED: Final = "WorkHorseKilled"
-_publishing: ContextVar[bool] = ContextVar("headroom_rq_publishing", default=False)
 
 
 class Note:
@@ -77,12 +76,14 @@ class RQHooks:
         self._writer: Writer | None = None
         self._attached = False
         self._patches = Patches()
+        self._publishing = Publishing(guard)
         self._queues, self._tasks, self._errors = BoundedNames(), BoundedNames(), BoundedNames()
         self._note: Note | None = None
 
     def bind(self, writer: Writer) -> None:
         """Write to ``writer`` from now on, and attach if that was not done before."""
         self._writer = writer
+        self._publishing.bind(writer)
         if self._attached:
             return
         self._attached = True
@@ -98,6 +99,7 @@ class RQHooks:
     def close(self) -> None:
         """Detach from everything."""
         self._writer = None
+        self._publishing.bind(None)
         if self._attached:
             self._attached = False
             self._patches.restore()
@@ -108,33 +110,13 @@ class RQHooks:
         @functools.wraps(original)
         def publish(queue: Any, *args: Any, **kwargs: Any) -> Any:
             # Within another one, in place, or put into a pipeline that somebody else sends: nothing to time.
-            idle = self._writer is None or _publishing.get() or not getattr(queue, "is_async", True)
+            idle = self._writer is None or publishing.current.get() or not getattr(queue, "is_async", True)
             if idle or kwargs.get("pipeline") is not None:
                 return original(queue, *args, **kwargs)
-            token = _publishing.set(True)
-            request = ledger.current.get()
-            if request is not None:
-                request.enter(ledger.PUBLISH)
-            started = time.perf_counter()
-            try:
+            with Publication(self._publishing, SYSTEM, str(queue.name)):
                 return original(queue, *args, **kwargs)
-            finally:
-                elapsed = time.perf_counter() - started
-                if request is not None:
-                    request.leave(ledger.PUBLISH)
-                _publishing.reset(token)
-                self._published(queue, elapsed)
 
         return publish
-
-    def _published(self, queue: Any, elapsed: float) -> None:
-        if (writer := self._writer) is None:
-            return
-        try:
-            name = self._queues(str(queue.name))
-            writer.histogram(catalog.PUBLISH_DURATION, SYSTEM, "publish", name).observe(elapsed)
-        except Exception as error:
-            self._guard.failed(error)
 
     # --------------------------------------------------- running: in the worker
 
