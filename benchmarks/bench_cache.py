@@ -1,8 +1,8 @@
 """What the cache probe adds to a cached read, in microseconds of CPU, beside what the read costs alone.
 
 A redis-py client whose replies come from a function, so that nothing but Python runs: the figure is what the probe
-adds to any GET, to an MGET of ten keys, and to a key that was not seen before, whose pattern must be found. The column
-"peer" is the call without the probe.
+adds to any GET, to one of an entry whose age it knows, to one that misses, to an MGET of ten keys, to a key that was
+not seen before, whose pattern must be found, and to a SET. The column "peer" is the call without the probe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
 KEYS = [f"product:{number}" for number in range(10)]
-BUDGETS = {"GET, one key": 3.0}
+BUDGETS = {"GET, one key": 3.0, "GET, one key, age known": 3.0}
 """Microseconds."""
 
 
@@ -30,7 +30,9 @@ class Instant(redis.Redis):
     """A client that is answered at once."""
 
     def _execute_command(self, *args: Any, **options: Any) -> Any:
-        return b"x" if args[0] == "GET" else [b"x"] * 10
+        if args[0] == "MGET":
+            return [b"x"] * 10
+        return None if args[1] == "none:5" else b"x"
 
 
 def benchmark(quick: bool) -> Iterator[Row]:
@@ -41,12 +43,20 @@ def benchmark(quick: bool) -> Iterator[Row]:
     ledger.current.set(request)
     work: dict[str, Work] = {
         "GET, one key": lambda: client.get("product:5"),
+        "GET, one key, age known": lambda: client.get("plan:5"),
+        "GET, one key, a miss": lambda: client.get("none:5"),
+        "SET, one key, with a time to live": lambda: client.set("plan:6", b"x", ex=60),
         "GET, ever new keys": lambda: client.get(f"org:{next(numbers)}:plan"),
         "MGET, ten keys": lambda: client.mget(KEYS),
     }
     writer, probe = Writer.in_memory(), CacheProbe(load({}))
+
+    def attach() -> None:
+        probe.bind(writer)
+        client.set("plan:5", b"x", ex=3600)
+
     for what, call in work.items():
-        alone, more = added(call, lambda: probe.bind(writer), probe.close, 7 if quick else 81)
+        alone, more = added(call, attach, probe.close, 7 if quick else 81)
         yield Row(f"{what}: added, and the call alone", "us", more, alone, budget=BUDGETS.get(what))
     folding = cpu(lambda: fold("get_product:():{1: 5}"), 20_000) * 1e6
     yield Row("folding the repr of a function's arguments", "us", folding)

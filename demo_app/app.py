@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,17 +13,20 @@ from starlette.middleware.gzip import GZipMiddleware
 
 import fastapi_headroom as headroom
 from demo_app import outside
-from demo_app.cache import client
+from demo_app.cache import changes, client, near, west_client
 from demo_app.database import engine
 from demo_app.routers import mail, orders, plans, products, reports, users
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Give connections back when the worker stops."""
+    """Listen to what changes; give connections back when the worker stops."""
+    listening = asyncio.create_task(changes.listen())
     yield
+    listening.cancel()
     await outside.client.aclose()
     await client.aclose()
+    await west_client.aclose()
     await engine.dispose()
 
 
@@ -31,7 +35,7 @@ app.add_middleware(GZipMiddleware, minimum_size=1_000)
 for module in (products, users, orders, plans, reports, mail):
     app.include_router(module.router)
 
-headroom.init(app, pools={"primary": engine}, caches={"redis": client})
+headroom.init(app, pools={"primary": engine}, caches={"redis": client, "redis-west": west_client, "near": near})
 
 
 @app.exception_handler(PoolTimeoutError)

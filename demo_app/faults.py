@@ -75,6 +75,22 @@ FAULTS = {
         ),
         Fault("cache_off", "everything in Redis expires at once: every look-up misses", ("HeadroomCacheHitRatioLow",)),
         Fault(
+            "cache_stampede",
+            "the bestsellers expire each second, take 0.8 s to work out, and whoever misses them works them out anew",
+            ("HeadroomCacheStampede",),
+        ),
+        Fault(
+            "stale_cache",
+            "what has changed is not deleted from Redis: products keep their old price until their time is over",
+            ("HeadroomCacheStale",),
+        ),
+        Fault(
+            "redis_down",
+            "the cache's Redis is stopped in the middle of its work, and started empty when the fault is healed",
+            ("HeadroomCacheErrors", "HeadroomProbeDown"),
+            stops="cache",
+        ),
+        Fault(
             "queue_backlog",
             "campaigns send far too many mails, and each takes a worker half a second",
             ("HeadroomQueueTooOld",),

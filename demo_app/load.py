@@ -40,6 +40,11 @@ class Shopper(FastHttpUser):
         for _ in range(random.choice((1, 1, 2))):
             self.client.get(f"/products/{popular(PRODUCTS)}", name="/products/{id}")
 
+    @task(6)
+    def look_at_bestsellers(self) -> None:
+        """See what others buy."""
+        self.client.get("/products/bestsellers", name="/products/bestsellers")
+
     @task(3)
     def ask_for_delivery(self) -> None:
         """Ask what a delivery costs."""
@@ -56,8 +61,10 @@ class Shopper(FastHttpUser):
 
     @task(8)
     def look_at_own_plan(self) -> None:
-        """Ask what the organization has booked."""
-        self.client.get(f"/organizations/{popular(ORGANIZATIONS)}/plan", name="/organizations/{id}/plan")
+        """Ask what the organization has booked, in one of two regions."""
+        region = {"X-Region": random.choice(("east", "east", "west"))}
+        path = f"/organizations/{popular(ORGANIZATIONS)}/plan"
+        self.client.get(path, headers=region, name="/organizations/{id}/plan")
 
     @task(4)
     def read_posts(self) -> None:
@@ -120,9 +127,10 @@ class Merchant(FastHttpUser):
 
     @task(4)
     def change_price(self) -> None:
-        """Set a price, of an unpopular product as well."""
+        """Set a price, of a popular product or of any."""
         price = {"price_cents": random.randrange(300, 50_000)}
-        self.client.put(f"/products/{random.randrange(1, PRODUCTS + 1)}/price", json=price, name="/products/{id}/price")
+        product = random.choice((popular(PRODUCTS), random.randrange(1, PRODUCTS + 1)))
+        self.client.put(f"/products/{product}/price", json=price, name="/products/{id}/price")
 
     @task(1)
     def change_plan(self) -> None:

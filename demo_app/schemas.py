@@ -45,6 +45,10 @@ class ProductDetails(ProductOut):
     description: str
 
 
+class Bestsellers(BaseModel):
+    products: list[ProductOut]
+
+
 class PriceChange(BaseModel):
     price_cents: int = Field(gt=0, le=10_000_000)
 

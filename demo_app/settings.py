@@ -18,6 +18,8 @@ class ShopSettings(BaseSettings):
 
     database_url: str = "postgresql+asyncpg://headroom@127.0.0.1:5432/postgres"
     cache_url: str = "redis://127.0.0.1:6379/0"
+    cache_west_url: str = "redis://127.0.0.1:6379/2"
+    """The cache of the second region; a server of its own in the demo."""
     broker_url: str = "redis://127.0.0.1:6379/1"
     carriers_url: str = "http://127.0.0.1:8010"
     """Where the carriers answer; see ``carriers``."""
@@ -31,6 +33,8 @@ class ShopSettings(BaseSettings):
     """How long a request waits for a connection before it is turned away with 503."""
     cache_ttl: float = 60.0
     """How long entries stay in Redis, before jitter."""
+    cache_west_ttl: float = 30.0
+    """The same in the second region: how far it may be behind."""
 
     @property
     def pool_size(self) -> int:

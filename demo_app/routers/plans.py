@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 
-from demo_app.cache import LocalCache, cache
+from demo_app.cache import LocalCache, cache, near, west
 from demo_app.database import Session, SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Organization, Plan
@@ -18,7 +18,7 @@ from demo_app.schemas import OrganizationPlan, PlanChange, PlanOut
 from demo_app.settings import shop_settings
 
 router = APIRouter(tags=["plans"])
-_catalogue = LocalCache(ttl=30.0)
+_catalogue = LocalCache("catalogue", ttl=30.0)
 _plans = TypeAdapter(list[PlanOut])
 _news = redis.Redis.from_url(shop_settings().cache_url)
 
@@ -41,8 +41,8 @@ async def list_plans(if_none_match: str = Header("")) -> Response:
 
 
 @router.get("/organizations/{organization_id}/plan")
-async def get_plan(organization_id: int) -> OrganizationPlan:
-    """Return what an organization has booked, from Redis when it is there."""
+async def get_plan(organization_id: int, x_region: str = Header("east")) -> OrganizationPlan:
+    """Return what an organization has booked: from the worker's memory, else from the region's Redis."""
     if strikes("sync_call", share=0.2):
         _wait_for_news()
 
@@ -54,9 +54,12 @@ async def get_plan(organization_id: int) -> OrganizationPlan:
         plan = PlanOut.model_validate(organization.plan)
         return OrganizationPlan(organization_id=organization_id, organization=organization.name, plan=plan)
 
-    booked = await cache.get(f"org:{organization_id}:plan", OrganizationPlan, load)
-    if booked is None:
-        raise HTTPException(status.HTTP_404_NOT_FOUND, "no such organization")
+    if x_region == "west":
+        return _found(await west.get("org:{}:plan", organization_id, OrganizationPlan, load))
+    key = f"org:{organization_id}:plan"
+    booked = near.get(key)
+    if not isinstance(booked, OrganizationPlan):
+        booked = near[key] = _found(await cache.get("org:{}:plan", organization_id, OrganizationPlan, load))
     return booked
 
 
@@ -68,8 +71,14 @@ async def change_plan(organization_id: int, change: PlanChange, session: Session
         raise HTTPException(status.HTTP_404_NOT_FOUND, "no such organization or plan")
     organization.plan_id = change.plan_id
     await session.commit()
-    await cache.drop(f"org:{organization_id}:plan")
+    await cache.drop("org:{}:plan", organization_id)
     return Response(status_code=status.HTTP_204_NO_CONTENT)
+
+
+def _found(booked: OrganizationPlan | None) -> OrganizationPlan:
+    if booked is None:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "no such organization")
+    return booked
 
 
 def _wait_for_news() -> None:

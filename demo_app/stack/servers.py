@@ -107,10 +107,10 @@ class Postgres(Server):
 
 
 class Redis(Server):
-    """Redis without persistence."""
+    """Redis without persistence. ``settings`` are its own; ``name`` is the part's."""
 
-    def __init__(self, data: Path, *, port: int | None = None, **settings: str) -> None:
-        super().__init__("redis", data, port)
+    def __init__(self, data: Path, *, port: int | None = None, name: str = "redis", **settings: str) -> None:
+        super().__init__(name, data, port)
         options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self.data), "save": "", "appendonly": "no"}
         self.command = [str(find("redis-server"))]
         for key, value in {**options, **settings}.items():

@@ -60,12 +60,14 @@ class Stack:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         postgres = self._begin(Postgres(self._data / "postgres"), "PostgreSQL")
-        redis = self._begin(Redis(self._data / "redis"), "Redis")
+        redis = self._begin(Redis(self._data / "redis"), "Redis for jobs")
+        caches = {"redis": self._start_cache("cache"), "redis-west": self._start_cache("cache-west")}
         sidecar_port, shop_port = free_port(), free_port()
         environment = self._environment(postgres.url(), redis.url, sidecar_port)
+        environment |= {"SHOP_CACHE_URL": caches["redis"], "SHOP_CACHE_WEST_URL": caches["redis-west"]}
         environment["SHOP_CARRIERS_URL"] = self._start_carriers(environment)
         self._run_once("seed", environment, "products, users with posts and orders into PostgreSQL")
-        self._start_sidecar(environment, sidecar_port, environment["SHOP_BROKER_URL"])
+        self._start_sidecar(environment, sidecar_port, environment["SHOP_BROKER_URL"], caches)
         self._start_shop(environment, shop_port)
         self._start_alerting(sidecar_port)
         self._start_grafana()
@@ -121,7 +123,6 @@ class Stack:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "instrumentation")]),
             "PYTHONUNBUFFERED": "1",
             "SHOP_DATABASE_URL": database,
-            "SHOP_CACHE_URL": redis,
             "SHOP_BROKER_URL": redis.removesuffix("/0") + "/1",
             "SHOP_RUN_DIRECTORY": str(self.run),
             "SHOP_WORKERS": str(WORKERS),
@@ -142,9 +143,15 @@ class Stack:
             part.stop()
         self._say(f"{what} ({time.monotonic() - began:.1f} s)")
 
-    def _start_sidecar(self, environment: dict[str, str], port: int, broker: str) -> None:
+    def _start_cache(self, name: str) -> str:
+        options = {"maxmemory": "32mb", "maxmemory-policy": "allkeys-lru"}
+        return str(self._begin(Redis(self._data / name, name=name, **options), f"Redis as {name}").url)
+
+    def _start_sidecar(self, environment: dict[str, str], port: int, broker: str, caches: dict[str, str]) -> None:
         command = ["-m", "fastapi_headroom.cli", "sidecar", "--dir", environment["HEADROOM_DIRECTORY"]]
         command += ["--port", str(port), "--queue", f"celery+{broker}?queues=mail,reports"]
+        for name, server in caches.items():
+            command += ["--cache", f"{server}?name={name}"]
         url = f"http://127.0.0.1:{port}"
         # Celery's main process has a slot beside its children.
         environment = {**environment, "HEADROOM_EXPECTED_WORKERS": str(WORKERS + 1 + JOB_WORKERS)}

@@ -373,12 +373,6 @@ CACHE_ENTRIES_LIMIT = _gauge(
     "What an in-process cache may hold, summed over the workers. No series where it may hold any number.",
     "entries",
 )
-CACHE_LEVEL = _gauge(
-    "headroom_cache_level",
-    "cache",
-    ("cache", "level"),
-    "The level that a cache belongs to; the value is how many workers have it. Caches without it are servers.",
-)
 CACHE_EVICTIONS = _counter(
     "headroom_cache_evictions_total",
     "cache",

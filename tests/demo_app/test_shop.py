@@ -66,6 +66,7 @@ def shop(postgres: Postgres, redis_server: RedisServer, tmp_path_factory: pytest
     environment = {
         "SHOP_DATABASE_URL": postgres.url("asyncpg", "shop"),
         "SHOP_CACHE_URL": f"{base}/8",
+        "SHOP_CACHE_WEST_URL": f"{base}/7",
         "SHOP_BROKER_URL": f"{base}/9",
         "SHOP_RUN_DIRECTORY": str(run),
     }

@@ -129,7 +129,7 @@ def test_a_part_that_dies_ends_the_demo(start: Callable[[], Demo]) -> None:
     """When Redis is killed the demo names it, ends all other parts and fails."""
     demo = start()
     demo.wait_for("load by locust")
-    (redis,) = (process for process in demo.parts() if process.name() == "redis-server")
+    redis = next(it for it in demo.parts() if it.name() == "redis-server" and it.cwd().endswith("data/redis"))
     redis.kill()
     assert demo.runner.wait(40) == 1
     assert "redis has ended (status -9)" in demo.printed()

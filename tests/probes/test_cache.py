@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -17,12 +16,10 @@ from fastapi_headroom import ledger
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import CACHE, Ledger
 from fastapi_headroom.probes.cache import CacheProbe, cache_result
-from fastapi_headroom.probes.cache_series import MAX_KEYS, MAX_PATTERNS, CacheSeries
+from fastapi_headroom.probes.cache_patterns import MAX_KEYS, MAX_PATTERNS, Patterns
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
-
-REQUESTS = "headroom_cache_requests_total"
-DURATIONS = "headroom_cache_operation_duration_seconds_count"
+from tests.support.cache_counts import REQUESTS, operations, results
 
 
 @pytest.fixture
@@ -47,21 +44,6 @@ async def async_client(redis_server: Redis) -> AsyncIterator[Any]:
     await client.aclose()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """A real Redis Cluster of one node."""
-    data = tmp_path_factory.mktemp("cluster") / "redis"
-    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "cluster-port": str(free_port())}
-    with Redis(data, **options) as server:
-        with redis.Redis(port=server.port) as client:
-            client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-            deadline = time.monotonic() + 20
-            while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
-                assert time.monotonic() < deadline, "the cluster did not come up"
-                time.sleep(0.05)
-        yield server
-
-
 @pytest.fixture
 def probe(writer: Writer, sync_client: Any, async_client: Any) -> Iterator[CacheProbe]:
     probe = CacheProbe(load({}), names={"main": sync_client, "loop": async_client})
@@ -69,24 +51,6 @@ def probe(writer: Writer, sync_client: Any, async_client: Any) -> Iterator[Cache
     yield probe
     assert writer.value("headroom_probe_up", probe="cache") == 1.0
     probe.close()
-
-
-def results(writer: Writer, cache: str = "main") -> dict[tuple[str, str], float]:
-    """Return the look-ups that were counted: (key pattern, result) -> number, without zeros."""
-    found = {}
-    for (name, labels), number in writer.samples().items():
-        by_name = dict(labels)
-        if name == REQUESTS and by_name["cache"] == cache and number:
-            found[by_name["key_pattern"], by_name["result"]] = number
-    return found
-
-
-def operations(writer: Writer, cache: str = "main") -> dict[str, float]:
-    return {
-        dict(labels)["operation"]: number
-        for (name, labels), number in writer.samples().items()
-        if name == DURATIONS and dict(labels)["cache"] == cache
-    }
 
 
 def test_hits_and_misses_of_every_look_up(probe: CacheProbe, writer: Writer, sync_client: Any) -> None:
@@ -146,22 +110,6 @@ async def test_pipelines_by_position(probe: CacheProbe, writer: Writer, sync_cli
         pipe.multi()
         pipe.set("cart:1", "y").execute()
     assert results(writer)["cart:{}", "hit"] == 5
-
-
-async def test_cluster_clients(probe: CacheProbe, writer: Writer, cluster: Redis) -> None:
-    """Cluster clients and their pipelines count, sync and async, under one name for the cluster."""
-    with redis.RedisCluster(host="127.0.0.1", port=cluster.port) as client:
-        client.set("plan:1", "x"), client.get("plan:1"), client.get("plan:2")
-        with client.pipeline() as pipe:
-            pipe.get("plan:1").get("plan:2")
-            assert pipe.execute() == [b"x", None]
-    async with redis.asyncio.RedisCluster(host="127.0.0.1", port=cluster.port) as later:
-        await later.get("plan:1")
-        async with later.pipeline() as pipe:
-            assert await pipe.get("plan:1").get("plan:2").execute() == [b"x", None]
-    name = f"cluster@127.0.0.1:{cluster.port}"
-    assert results(writer, name) == {("plan:{}", "hit"): 4, ("plan:{}", "miss"): 3}
-    assert operations(writer, name) == {"set": 1, "get": 3, "pipeline": 2}
 
 
 def test_failing_commands_are_errors(probe: CacheProbe, writer: Writer, sync_client: Any) -> None:
@@ -306,7 +254,7 @@ async def test_a_failing_hook_does_not_reach_the_app(
     def broken(*_: Any) -> None:
         raise RuntimeError("broken probe")
 
-    monkeypatch.setattr("fastapi_headroom.probes.cache.CacheSeries.results", broken)
+    monkeypatch.setattr("fastapi_headroom.probes.cache_patterns.Patterns.results", broken)
     sync_client.set("product:1", "x")
     assert sync_client.get("product:1") == b"x"
     assert await async_client.get("product:1") == b"x"
@@ -318,7 +266,7 @@ async def test_a_failing_hook_does_not_reach_the_app(
 
 def test_remembered_keys_are_few_and_change_no_pattern(writer: Writer) -> None:
     """However many keys are looked up, a bounded number is kept, and each look-up goes to its own pattern."""
-    series = CacheSeries(writer, "main")
+    series = Patterns(writer, "main")
     for number in range(3 * MAX_KEYS):
         for key in (f"product:{number}", f"org:{number}:plan".encode(), f"rq:job:{number}"):
             for _ in range(2):  # the second time it is known
@@ -327,7 +275,7 @@ def test_remembered_keys_are_few_and_change_no_pattern(writer: Writer) -> None:
                 if found is not None:
                     found.hit.inc()
     assert results(writer) == {("product:{}", "hit"): 6 * MAX_KEYS, ("org:{}:plan", "hit"): 6 * MAX_KEYS}
-    assert len(series._known) <= MAX_KEYS
+    assert len(series.known) <= MAX_KEYS
 
 
 def test_a_closed_probe_leaves_nothing_on_the_client(probe: CacheProbe, sync_client: Any) -> None:

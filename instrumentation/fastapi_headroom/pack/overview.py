@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from fastapi_headroom import catalog, thresholds
-from fastapi_headroom.pack import board, cache, loop, palette, panels, pool, promql, queue, request, runtime, slo
+from fastapi_headroom.pack import (
+    board,
+    cache,
+    cache_queries,
+    loop,
+    palette,
+    panels,
+    pool,
+    promql,
+    queue,
+    request,
+    runtime,
+    slo,
+)
 from fastapi_headroom.pack.board import Cell, Row, across
 from fastapi_headroom.pack.panels import Column, Query
 
@@ -211,7 +224,7 @@ def _signals_row() -> Row:
     used = promql.by("sum", (pool.POOL,), promql.shown(catalog.POOL_COUNT, f'{pool.STATE}="used"'))
     share = f"{used} / {promql.by('sum', (pool.POOL,), promql.shown(catalog.POOL_MAX))}"
     name = f"{{{{{pool.POOL}}}}}"
-    ratio = cache.hit_ratio(promql.INTERVAL, *promql.BOARD, labels=("cache",))
+    ratio = cache_queries.served_ratio(("cache",))
     age = promql.by("max", (queue.QUEUE,), promql.shown(catalog.QUEUE_OLDEST_AGE))
     delay = promql.shown_quantile(0.99, catalog.LOOP_DELAY, ("instance", "worker"))
     memory = promql.by("sum", ("instance",), promql.shown(catalog.PROCESS_MEMORY))
@@ -233,7 +246,7 @@ def _signals_row() -> Row:
             ),
             panels.lines(
                 "Cache: hit ratio",
-                "Does the cache take the load?",
+                "Does the cache take the load? Caches of servers; those in the process are on the board.",
                 "percentunit",
                 Query(ratio, "{{cache}}"),
                 maximum=1,

@@ -245,7 +245,7 @@ class CacheProbe:
         try:
             if self.writer is not None:
                 series = self._series_named(cache)
-                results = series.given(pattern)
+                results = series.patterns.given(pattern)
                 if stale:
                     results.other("stale").inc()
                 else:
@@ -259,7 +259,7 @@ class CacheProbe:
         """Count entries that the app threw away."""
         try:
             if self.writer is not None and number > 0:
-                self._series_named(cache).given(pattern).invalidations().inc(number)
+                self._series_named(cache).patterns.given(pattern).invalidations().inc(number)
         except Exception as failure:
             self._failed(failure)
 

@@ -20,6 +20,14 @@ _ALIKE: Final = 0.2
 """Share by which times to live of one pattern may differ (jitter) and still tell an age."""
 
 
+def place_of(key: object) -> int:
+    """Return the hash under which a key is remembered."""
+    try:
+        return hash(key)
+    except TypeError:  # a bytearray
+        return hash(bytes(key))  # type: ignore[call-overload]
+
+
 class LifeTime:
     """The time to live that entries of one key pattern are written with, in seconds."""
 
@@ -49,7 +57,7 @@ class Ages:
 
     def wrote(self, key: object, now: float, seconds: float) -> None:
         """Remember that an entry was written, with a time to live of so many seconds (or UNKNOWN, or KEPT)."""
-        place = hash(key)
+        place = place_of(key)
         if seconds > 0:
             expires = now + seconds
         elif seconds == KEPT:
@@ -61,29 +69,29 @@ class Ages:
 
     def expires(self, key: object, now: float, seconds: float) -> None:
         """Remember that an entry that is there expires in so many seconds; UNKNOWN: it no longer does."""
-        known = self.entries.get(hash(key))
+        known = self.entries.get(place_of(key))
         if known is not None:
-            self.entries[hash(key)] = (known[0], now + seconds if seconds > 0 else 0.0)
+            self.entries[place_of(key)] = (known[0], now + seconds if seconds > 0 else 0.0)
 
     def left(self, key: object, now: float, remaining: float, lifetime: float) -> None:
         """Conclude an entry's age from the seconds that it has left, of those that such entries get."""
         if 0 < remaining <= lifetime:
-            self._remember(hash(key), (now - (lifetime - remaining), now + remaining))
+            self._remember(place_of(key), (now - (lifetime - remaining), now + remaining))
 
     def forget(self, key: object) -> None:
         """Forget an entry: it was deleted."""
-        self.entries.pop(hash(key), None)
+        self.entries.pop(place_of(key), None)
 
     def of(self, key: object, now: float) -> float | None:
         """Return the age in seconds of an entry that is served now, None where it is not known."""
-        known = self.entries.get(hash(key))
+        known = self.entries.get(place_of(key))
         if known is None:
             return None
         written, expires = known
         if now < expires:
             return now - written
         if expires:
-            self.entries.pop(hash(key), None)
+            self.entries.pop(place_of(key), None)
         return None
 
     def _remember(self, place: int, entry: tuple[float, float]) -> None:

@@ -12,6 +12,7 @@ import threading
 from typing import Final
 
 from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.probes.cache_ages import place_of
 from fastapi_headroom.store.writer import Gauge
 
 FILL_SECONDS: Final = 10.0
@@ -43,7 +44,7 @@ class Fills:
 
     def missed(self, key: object, request: Ledger | None, now: float) -> bool:
         """Take note of a miss; return whether another caller is filling that key already."""
-        place, caller = hash(key), request if request is not None else _caller()
+        place, caller = place_of(key), request if request is not None else _caller()
         fill = self.open.get(place)
         if fill is None or fill.until < now or not any(map(_is_busy, tuple(fill.callers))):
             if fill is not None:
@@ -63,7 +64,7 @@ class Fills:
 
         One that did not miss it and writes it ends the fill for all.
         """
-        place = hash(key)
+        place = place_of(key)
         fill = self.open.get(place)
         if fill is None:
             return
@@ -100,7 +101,7 @@ def _caller() -> object:
         task = asyncio.current_task()
     except RuntimeError:
         task = None
-    return task if task is not None else threading.get_ident()
+    return task if task is not None else threading.current_thread()
 
 
 def _is_busy(caller: object) -> bool:
@@ -108,4 +109,4 @@ def _is_busy(caller: object) -> bool:
         return not caller.finished
     if isinstance(caller, asyncio.Future):
         return not caller.done()
-    return True
+    return not isinstance(caller, threading.Thread) or caller.is_alive()

@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import Ledger
-from fastapi_headroom.probes.cache_ages import Ages, LifeTime
+from fastapi_headroom.probes.cache_ages import Ages
 from fastapi_headroom.probes.cache_commands import Command
 from fastapi_headroom.probes.cache_effects import size_of
 from fastapi_headroom.probes.cache_fills import Fills
-from fastapi_headroom.probes.cache_rules import EACH_KEY, ONE, Rule, of_broker
-from fastapi_headroom.probes.key_learning import FullError, Learned
-from fastapi_headroom.probes.key_pattern import SEPARATORS, fold
-from fastapi_headroom.probes.names import OTHER
+from fastapi_headroom.probes.cache_patterns import NEW, Patterns, Results
+from fastapi_headroom.probes.cache_rules import EACH_KEY, ONE, Rule
 from fastapi_headroom.store.writer import Counter, Histogram, Writer
-
-MAX_PATTERNS: Final = 100
-"""Key patterns per cache at a time; further ones are ``_OTHER``."""
-MAX_PATTERNS_EVER: Final = 300
-"""Key patterns per cache that ever had a series: some are left behind when positions are learned."""
-MAX_KEYS: Final = 500
-"""Keys per cache whose pattern is remembered, so that the hot ones need no folding."""
-
-
-class Results:
-    """The look-ups of one cache and key pattern."""
-
-    __slots__ = ("_cache", "_duplicates", "_pattern", "_writer", "hit", "lifetime", "miss")
-
-    def __init__(self, writer: Writer, cache: str, pattern: str) -> None:
-        self._writer = writer
-        self._cache = cache
-        self._pattern = pattern
-        self._duplicates: Counter | None = None
-        self.lifetime = LifeTime()
-        # both from the start: the first sample of a new series gives no increase, and a ratio needs the two
-        self.hit: Counter = self.other("hit")
-        self.miss: Counter = self.other("miss")
-
-    def other(self, result: str) -> Counter:
-        """Return the counter of a result, made at the first one."""
-        return self._writer.counter(catalog.CACHE_REQUESTS, self._cache, self._pattern, result)
-
-    def duplicates(self) -> Counter:
-        """Return the counter of misses while the key was being filled; it is there from the first miss on."""
-        if self._duplicates is None:
-            self._duplicates = self._writer.counter(catalog.CACHE_DUPLICATE_FILLS, self._cache, self._pattern)
-        return self._duplicates
-
-    def invalidations(self) -> Counter:
-        """Return the counter of entries that the app threw away."""
-        return self._writer.counter(catalog.CACHE_INVALIDATIONS, self._cache, self._pattern)
-
-
-_NEW: Final[Any] = object()
-"""Stands for the results of a key that is not known."""
 
 
 class CacheSeries:
     """The series of one cache, with their handles resolved once."""
 
     __slots__ = (
-        "_age", "_durations", "_ever", "_known", "_learned", "_named", "_patterns", "_shown", "_timeouts", "ages",
-        "fills", "local", "name", "read_bytes", "writer", "written_bytes",
+        "_age", "_durations", "_known", "_timeouts", "ages",
+        "fills", "local", "name", "patterns", "read_bytes", "writer", "written_bytes",
     )  # fmt: skip
 
     def __init__(self, writer: Writer, name: str) -> None:
@@ -73,16 +30,8 @@ class CacheSeries:
         self.local: CacheSeries | None = None
         """The client's own cache in front of this one, where it keeps one."""
         self.ages = Ages()
-        self._known: dict[str | bytes, Results | None] = {}
-        """Results by key."""
-        self._patterns: dict[str, Results] = {}
-        """Results by pattern before anything is learned."""
-        self._shown: dict[str, Results] = {}
-        """Results by pattern as the label shows it."""
-        self._named: dict[str, Results] = {}
-        """Results by a name that the app gave."""
-        self._learned = Learned()
-        self._ever = 0
+        self.patterns = Patterns(writer, name)
+        self._known = self.patterns.known
         self._durations: dict[Command, Histogram] = {}
         self._age: Histogram | None = None
         self._timeouts: Counter | None = None
@@ -146,11 +95,11 @@ class CacheSeries:
 
     def _judge_one(self, key: Any, reply: Any, now: float, request: Ledger | None) -> None:
         try:
-            results = self._known.get(key, _NEW)
+            results = self._known.get(key, NEW)
         except TypeError:  # a bytearray
-            results = _NEW
-        if results is _NEW:
-            results = self._look_up_new(key)
+            key, results = bytes(key), NEW
+        if results is NEW:
+            results = self.patterns.look_up_new(key)
         if results is None:
             return
         if reply is None:
@@ -160,7 +109,8 @@ class CacheSeries:
         kind = type(reply)
         if kind is bytes or kind is str:
             self.read_bytes.observe(len(reply))
-        if self.ages.entries:
+        ages = self.ages.entries
+        if ages and hash(key) in ages:
             self._served(key, now)
         if self.fills.open:
             self.fills.ended(key, request, written=False)
@@ -170,17 +120,17 @@ class CacheSeries:
         verdicts = [value is not None for value in reply] if rule is EACH_KEY else rule.found(args, reply)
         for key, found in zip(rule.keys(args), verdicts, strict=False):
             try:
-                results = known.get(key, _NEW)
+                results = known.get(key, NEW)
             except TypeError:
-                results = _NEW
-            if results is _NEW:
-                results = self._look_up_new(key)
+                key, results = bytes(key), NEW
+            if results is NEW:
+                results = self.patterns.look_up_new(key)
             if results is None:
                 continue
             if found:
                 served = True
                 results.hit.inc()
-                if ages:
+                if ages and hash(key) in ages:
                     self._served(key, now)
                 if fills:
                     self.fills.ended(key, request, written=False)
@@ -199,8 +149,12 @@ class CacheSeries:
 
     def _served(self, key: Any, now: float) -> None:
         age = self.ages.of(key, now)
-        if age is not None:
+        if age is None:
+            return
+        if self._age is None:
             self.serve(age)
+        else:
+            self._age.observe(age)
 
     def serve(self, age: float) -> None:
         """Record the age in seconds of an entry that was served."""
@@ -212,7 +166,7 @@ class CacheSeries:
         """Count the look-ups of a command that this cache could not answer."""
         if command.rule is not None:
             for key in command.rule.keys(args):
-                results = self.look_up(key)
+                results = self.patterns.look_up(key)
                 if results is not None:
                     results.miss.inc()
 
@@ -221,7 +175,7 @@ class CacheSeries:
         """Count the look-ups of a command that raised."""
         if command.rule is not None:
             for key in command.rule.keys(args):
-                results = self.look_up(key)
+                results = self.patterns.look_up(key)
                 if results is not None:
                     results.other("error").inc()
 
@@ -237,7 +191,7 @@ class CacheSeries:
             self.fills.ended(key, request, written=True)
         self.ages.wrote(key, now, seconds)
         if seconds > 0:
-            results = self.look_up(key)
+            results = self.patterns.look_up(key)
             if results is not None:
                 results.lifetime.saw(seconds)
 
@@ -248,74 +202,6 @@ class CacheSeries:
     def left(self, key: Any, seconds: float, now: float) -> None:
         """Conclude the age of an entry from the seconds that it has left."""
         if seconds > 0:
-            results = self.look_up(key)
+            results = self.patterns.look_up(key)
             if results is not None:
                 self.ages.left(key, now, seconds, results.lifetime.seconds)
-
-    # ------------------------------------------------------------------ patterns
-    def look_up(self, key: Any) -> Results | None:
-        """Return the counters of the pattern that ``key`` folds to, None for a key of a task queue."""
-        try:
-            results = self._known.get(key, _NEW)
-        except TypeError:
-            results = _NEW
-        return self._look_up_new(key) if results is _NEW else results
-
-    def _look_up_new(self, key: Any) -> Results | None:
-        results = None if of_broker(key) else self.results(key)
-        if type(key) is str or type(key) is bytes:
-            if len(self._known) >= MAX_KEYS:
-                self._known.clear()
-            self._known[key] = results
-        return results
-
-    def results(self, key: Any) -> Results:
-        """Return the counters of the pattern that ``key`` folds to."""
-        pattern = fold(key)
-        results = self._patterns.get(pattern)
-        if results is None:
-            results = self._show(self._learn(pattern))
-            if len(self._patterns) >= MAX_KEYS:
-                self._patterns.clear()
-            self._patterns[pattern] = results
-        return results
-
-    def given(self, pattern: str) -> Results:
-        """Return the counters of a pattern that the app names itself: one word is a name, nothing to learn from."""
-        results = self._named.get(pattern)
-        if results is not None:
-            return results
-        folded = fold(pattern)
-        if folded != pattern or SEPARATORS.search(folded):
-            return self.results(folded)
-        name = pattern if len(self._named) < MAX_PATTERNS else OTHER
-        results = self._named.get(name)
-        if results is None:
-            results = self._named[name] = Results(self.writer, self.name, name)
-        return results
-
-    def _learn(self, pattern: str) -> str:
-        before = self._learned.folds
-        try:
-            learned = self._learned(pattern)
-            if self._learned.folds != before:  # what was shown before may have another name now
-                self._known.clear()
-                self._patterns.clear()
-                self._shown = {shown: results for shown, results in self._shown.items() if self._holds(shown)}
-            return learned
-        except FullError:
-            return OTHER
-
-    def _holds(self, shown: str) -> bool:
-        return shown == OTHER or self._learned(shown) == shown
-
-    def _show(self, pattern: str) -> Results:
-        results = self._shown.get(pattern)
-        if results is None:
-            if len(self._shown) >= MAX_PATTERNS or self._ever >= MAX_PATTERNS_EVER:
-                pattern = OTHER
-            results = self._shown.get(pattern)
-            if results is None:
-                self._ever += 1
-                results = self._shown[pattern] = Results(self.writer, self.name, pattern)
-        return results

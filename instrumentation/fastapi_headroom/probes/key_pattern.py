@@ -35,6 +35,10 @@ _CASES: Final = re.compile(
     rf"[A-Z]{{1,{_MAX_RUN}}}|[a-z]{{1,{_MAX_RUN}}}|(?:[A-Z]{{2,4}}|[A-Z]?[a-z]+)(?:[A-Z][a-z]+)*"
 )
 """How words are written: in one case, or in humps that begin with a capital."""
+_MIXED: Final = re.compile(r"[A-Z].*[a-z]|[a-z].*[A-Z]")
+_JOINTS: Final = re.compile(r"[_\-.]")
+_VOWELS: Final = re.compile(r"[aeiouy]", re.IGNORECASE)
+_CONSONANTS: Final = re.compile(r"[b-df-hj-np-tv-xz]{5}", re.IGNORECASE)
 _HUMP: Final = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
 
 _words: set[str] = set()
@@ -50,7 +54,7 @@ def fold(key: object) -> str:
     if isinstance(key, bytes):
         key = key.decode("utf-8", "replace")
     elif not isinstance(key, str):
-        key = str(key)
+        key = bytes(key).decode("utf-8", "replace") if isinstance(key, bytearray | memoryview) else str(key)
     text = key[:MAX_KEY]
     parts = text.split(":", MAX_PARTS)
     for index, part in enumerate(parts):
@@ -84,21 +88,34 @@ def _fold_slowly(text: str) -> str:
 def _fold_part(part: str) -> str:
     if part in ("", PLACE) or part in _words:
         return part
-    if _WORDS.fullmatch(part) and all(_is_word(word) for word in re.split(r"[_\-.]", part)):
+    if _WORDS.fullmatch(part) and _are_words(part):
         if len(_words) < _MAX_KNOWN:
             _words.add(part)
         return part
     numbered = _NUMBERED.fullmatch(_UUID.sub(PLACE, part))
-    if numbered and all(_is_word(word) for word in re.split(r"[_\-.]", numbered[1][:-1])):
+    if numbered and _are_words(numbered[1][:-1]):
         return numbered[1] + PLACE
     return PLACE
 
 
+def _are_words(part: str) -> bool:
+    """Tell words from a token: the case does not jump as it does in base64, and each word may be one."""
+    humps = _HUMP.findall(part)
+    letters = sum(map(len, humps))
+    short = letters <= _MAX_LETTERS and 4 * len(humps) <= letters
+    if letters >= 8 and _MIXED.search(part) and not (short and _can_be_spoken(part, letters)):
+        return False
+    return all(map(_is_word, _JOINTS.split(part)))
+
+
 def _is_word(letters: str) -> bool:
-    """Tell a word from a token: not too long, not hexadecimal, and no case that jumps as it does in base64."""
+    """Tell a word from a token by its length, its case and its vowels; hexadecimal is none."""
     if len(letters) > _MAX_LETTERS or _LETTERS_OF_HEX.fullmatch(letters) or not _CASES.fullmatch(letters):
         return False
-    humps = _HUMP.findall(letters)
-    if max(map(len, humps)) > _MAX_RUN:
+    if max(map(len, _HUMP.findall(letters))) > _MAX_RUN:
         return False
-    return len(letters) < 8 or 3 * len(humps) <= len(letters)
+    return len(letters) < 12 or _can_be_spoken(letters, len(letters))
+
+
+def _can_be_spoken(text: str, letters: int) -> bool:
+    return not _CONSONANTS.search(text) and 4 * len(_VOWELS.findall(text)) >= letters

@@ -129,7 +129,6 @@ double = functools.lru_cache(lambda number: 2 * number)
     assert counts(writer, "shop_prices.price") == (1, 4)
     assert counts(writer, "shop_prices.Shop.of") == counts(writer, "shop_prices.tax") == (1, 1)
     assert writer.value(ENTRIES, cache="shop_prices.price") == writer.value(LIMIT, cache="shop_prices.price") == 2
-    assert writer.value("headroom_cache_level", cache="shop_prices.price", level="process") == 1
     assert (LIMIT, (("cache", "shop_prices.rate"),)) not in writer.samples()
 
 

@@ -16,7 +16,6 @@ from fastapi_headroom.probes.caches.source import InfoSource, Reading, Source
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.store.writer import Counter, Gauge, Writer
 
-LEVEL: Final = "process"
 MAX_NAMES: Final = 50
 """Caches that get series of their own; later ones share ``_OTHER``."""
 _LENGTH: Final = 80
@@ -35,7 +34,6 @@ class LocalCachesProbe:
         catalog.CACHE_ENTRIES,
         catalog.CACHE_ENTRIES_LIMIT,
         catalog.CACHE_EVICTIONS,
-        catalog.CACHE_LEVEL,
     )
 
     def __init__(self) -> None:
@@ -154,7 +152,6 @@ class LocalSeries:
         self._entries: Gauge = writer.gauge(catalog.CACHE_ENTRIES, name)
         self._limit: Gauge | None = None
         self._evictions: Counter | None = None
-        writer.gauge(catalog.CACHE_LEVEL, name, LEVEL).set(1)
 
     def count(self, last: Reading, now: Reading) -> None:
         """Add what came since the last reading. A cache that was emptied has begun anew."""
