@@ -6,7 +6,7 @@ from fastapi_headroom import catalog, thresholds
 from fastapi_headroom.pack import panels, promql
 from fastapi_headroom.pack.board import Row, across
 from fastapi_headroom.pack.panels import Query
-from fastapi_headroom.pack.pool_queries import by_route
+from fastapi_headroom.pack.pool_queries import POOLS, by_route
 
 
 def routes_row() -> Row:
@@ -59,6 +59,22 @@ def habits_row() -> Row:
                 "ops",
                 Query(by_route(catalog.POOL_LONG_HOLDS), "{{http_route}}"),
                 legend="table",
+            ),
+            panels.lines(
+                "Leaked connections, by route",
+                (
+                    "Which routes have left connections open that nobody is left to close? Each is lost to the pool "
+                    "until the worker restarts, or the garbage collector finds its session."
+                ),
+                "short",
+                Query(
+                    promql.or_zero(
+                        promql.by("sum", ("http_route",), promql.shown(catalog.POOL_LEAKED, POOLS)), "http_route"
+                    ),
+                    "{{http_route}}",
+                ),
+                legend="table",
+                decimals=0,
             ),
             panels.lines(
                 "Repeated statements (N+1), by route",

@@ -36,6 +36,10 @@ def _held_idle() -> str:
     return f"{idle}\n/ on ({', '.join(LABELS)}) group_left ()\n{limit}\n> {share}"
 
 
+def _leaked() -> str:
+    return f"{promql.by('sum', (*LABELS, 'http_route'), promql.highest(catalog.POOL_LEAKED, '5m'))} > 0"
+
+
 def _repeated() -> str:
     labels = ("job", "instance", "http_route")
     found = promql.by("sum", labels, promql.rate(catalog.REPEATED_STATEMENTS, "5m"))
@@ -86,6 +90,20 @@ RULES = (
             "{{ $labels.job }} ({{ $labels.instance }}): {{ $labels.http_route }} holds "
             f"{{{{ $value | humanizePercentage }}}} of pool {{{{ $labels.{POOL} }}}} without using it, say over a call "
             "to another service."
+        ),
+        board=UID,
+        variables=LINK,
+    ),
+    Rule(
+        name="ConnectionsLeaked",
+        expression=_leaked(),
+        severity="warning",
+        pending="10m",
+        summary="Sessions are left open: their connections never come back to the pool.",
+        description=(
+            f'{{{{ $labels.job }}}} ({{{{ $labels.instance }}}}): {{{{ $value | printf "%.0f" }}}} connections of pool '
+            f"{{{{ $labels.{POOL} }}}} are held by {{{{ $labels.http_route }}}}, whose work has ended; the log names "
+            "the line that took them."
         ),
         board=UID,
         variables=LINK,
