@@ -151,7 +151,7 @@ class Runtime:
         )
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
-        self.other_pools = OtherPoolsProbe()
+        self.other_pools = OtherPoolsProbe(settings.hold_threshold)
         self.cache = CacheProbe(settings)
         self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
