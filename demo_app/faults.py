@@ -43,6 +43,11 @@ FAULTS = {
             ("HeadroomConnectionsHeldIdle",),
         ),
         Fault(
+            "session_leak",
+            "looks at an order open a session now and then that nobody closes",
+            ("HeadroomConnectionsLeaked",),
+        ),
+        Fault(
             "slow_database",
             "every page of a list takes the database 0.7 s more, as without its index",
             ("HeadroomLatencyBudgetBurn",),

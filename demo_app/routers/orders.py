@@ -10,16 +10,18 @@ import zlib
 from fastapi import APIRouter, HTTPException, Query, Response, status
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from demo_app import jobs
-from demo_app.database import SessionDep
+from demo_app.database import Session, SessionDep
 from demo_app.faults import strikes
 from demo_app.models import Order, OrderItem, Product, User
 from demo_app.paging import page_of
 from demo_app.schemas import OrderDetails, OrderIn, OrderOut, Page, PagingDep
 
 router = APIRouter(prefix="/orders", tags=["orders"])
+_left_open: list[AsyncSession] = []
 
 
 @router.get("")
@@ -32,6 +34,7 @@ async def list_orders(session: SessionDep, paging: PagingDep, user_id: int = Que
 async def get_order(order_id: int, session: SessionDep) -> OrderDetails:
     """Return an order with its lines and their products: three statements, however many lines."""
     await _track_parcels()
+    await _log_the_look(order_id)
     order = await _load(order_id, session)
     await _ask_carrier()
     await _ask_for_position()
@@ -92,6 +95,16 @@ async def _ask_for_position() -> None:
     """Wait for an outside service between the statements and the end of the session: the fault ``held_idle``."""
     if strikes("held_idle"):
         await asyncio.sleep(2.4)
+
+
+async def _log_the_look(order_id: int) -> None:
+    """Open a session that nobody closes, one per worker, as the fault ``session_leak`` does; healed, it is closed."""
+    if strikes("session_leak"):
+        if not _left_open:
+            _left_open.append(Session())
+            await _left_open[0].scalar(select(Order.id).where(Order.id == order_id))
+    elif _left_open:
+        await _left_open.pop().close()
 
 
 async def _track_parcels() -> None:

@@ -152,7 +152,7 @@ class Runtime:
         )
         self.request.enabled = "request" not in settings.disable
         self.pool = PoolProbe(settings)
-        self.other_pools = OtherPoolsProbe()
+        self.other_pools = OtherPoolsProbe(settings.hold_threshold)
         self.cache = CacheProbe(settings)
         self.local_caches = LocalCachesProbe()
         self.registry = RegistrySnapshot(settings)

@@ -316,18 +316,26 @@ async def test_overflow_and_detached_connections(pool_probe: PoolProbe, writer: 
 
 
 async def test_broken_connections_are_counted(pool_probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
-    """A connection that the server closed is an invalidation, and its replacement is a creation."""
+    """A connection that fails its pre-ping is an invalidation and a ping failure; what was open beside it is replaced.
+
+    SQLAlchemy takes one broken connection for a server that was restarted, and replaces all at their next checkout.
+    """
     url = postgres.url(driver="asyncpg")
-    engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, pool_logging_name="shop")
-    async with engine.connect() as connection:
-        pid = (await connection.execute(text("select pg_backend_pid()"))).scalar_one()
+    engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_pre_ping=True, pool_logging_name="shop")
     other = create_async_engine(url, poolclass=NullPool)
+    async with engine.connect() as connection, engine.connect():
+        pid = (await connection.execute(text("select pg_backend_pid()"))).scalar_one()
+    assert value(writer, "headroom_pool_ping_failures_total") == 0
     async with other.connect() as connection:
         await connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": pid})
-    async with engine.connect() as connection:
-        assert (await connection.execute(text("select 1"))).scalar_one() == 1
+    for _ in range(2):
+        async with engine.connect() as first, engine.connect() as second:
+            for connection in (first, second):
+                assert (await connection.execute(text("select 1"))).scalar_one() == 1
     assert value(writer, "headroom_pool_invalidations_total") == 1
-    assert value(writer, "db_client_connection_create_time_seconds_count") == 2
+    assert value(writer, "headroom_pool_ping_failures_total") == 1
+    assert value(writer, "headroom_pool_recycles_total", reason="invalidated") == 1
+    assert value(writer, "db_client_connection_create_time_seconds_count") == 4
     await engine.dispose()
 
 

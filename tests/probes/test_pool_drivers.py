@@ -9,7 +9,6 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,18 +16,14 @@ from sqlalchemy import create_engine, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AssertionPool
 
-from demo_app.stack.mariadb import MariaDB
-from demo_app.stack.servers import Postgres
 from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.store.writer import Writer
+from tests.support.drivers import ASYNC, DRIVERS, system_of
 
 pytestmark = pytest.mark.alone
 
 POOL = {"db_client_connection_pool_name": "shop"}
 WAIT = "db_client_connection_wait_time_seconds"
-MYSQL = ("asyncmy", "aiomysql", "pymysql")
-ASYNC = ("asyncpg", "psycopg-async", "aiosqlite", "asyncmy", "aiomysql")
-DRIVERS = (*ASYNC, "psycopg", "psycopg2", "pymysql")
 
 
 class Users:
@@ -83,21 +78,6 @@ class Users:
         self._threads.shutdown()
 
 
-@pytest.fixture
-def driver() -> str:
-    """The driver of a test that does not choose."""
-    return "psycopg"
-
-
-@pytest.fixture
-def url(driver: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a real database for the test's driver, whose server is started if need be."""
-    if driver == "aiosqlite":
-        return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
-    server: Postgres | MariaDB = request.getfixturevalue("mariadb" if driver in MYSQL else "postgres")
-    return server.url(driver=driver.partition("-")[0])
-
-
 def count(writer: Writer, state: str) -> float:
     return writer.value("db_client_connection_count", db_client_connection_state=state, **POOL)
 
@@ -129,10 +109,9 @@ async def test_every_driver_is_measured(pool_probe: PoolProbe, writer: Writer, d
     await asyncio.gather(*holders)
     pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
-    system = "sqlite" if driver == "aiosqlite" else "mysql" if driver in MYSQL else "postgresql"
     assert writer.value(
         "db_client_operation_duration_seconds_count",
-        db_system_name=system, db_operation_name="SELECT", error_type="",
+        db_system_name=system_of(driver), db_operation_name="SELECT", error_type="",
     ) >= 10  # fmt: skip
     await users.dispose()
 
@@ -225,15 +204,31 @@ async def test_random_faults_leave_no_drift(
 
 
 async def test_a_recycled_connection_is_a_creation_and_no_fault(
-    pool_probe: PoolProbe, writer: Writer, url: str
+    pool_probe: PoolProbe, writer: Writer, driver: str, url: str
 ) -> None:
-    """A connection replaced for its age by pool_recycle counts as created, not as invalidated."""
-    users = Users("psycopg", url, pool_size=1, max_overflow=0, pool_recycle=0)
+    """A connection replaced for its age by pool_recycle counts as created and recycled, not as invalidated."""
+    users = Users(driver, url, pool_size=1, max_overflow=0, pool_recycle=0)
     await users.use(0.01)
     made = writer.value("db_client_connection_create_time_seconds_count", **POOL)
+    recycled = writer.value("headroom_pool_recycles_total", reason="age", **POOL)
     await users.use(0.01)
     assert writer.value("db_client_connection_create_time_seconds_count", **POOL) == made + 1
+    assert writer.value("headroom_pool_recycles_total", reason="age", **POOL) == recycled + 1
     assert writer.value("headroom_pool_invalidations_total", **POOL) == 0
+    await users.dispose()
+
+
+async def test_what_a_pool_is_not_set_up_to_do_has_no_series(
+    pool_probe: PoolProbe, writer: Writer, driver: str, url: str
+) -> None:
+    """Without pool_pre_ping and pool_recycle there are no counters of them; an overflow that is closed is neither."""
+    users = Users(driver, url, pool_size=1, max_overflow=1)
+    await asyncio.gather(users.use(0.05), users.use(0.05))
+    await users.use(0.0, "invalidate")
+    await users.use(0.0)
+    assert writer.value("headroom_pool_invalidations_total", **POOL) == 1
+    assert writer.value("db_client_connection_create_time_seconds_count", **POOL) == 3
+    assert not [name for name, _ in writer.samples() if "ping_failures" in name or "recycles" in name]
     await users.dispose()
 
 

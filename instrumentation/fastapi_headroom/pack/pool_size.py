@@ -29,11 +29,22 @@ def _configured() -> str:
     return f"{limit} / on (job, instance, {_POOL}) {workers}"
 
 
-def _never_needed() -> str:
+def _spare() -> str:
+    """Return the connections that nobody needed for a day, by pool, over all workers of an instance."""
     peak = f"max_over_time({promql.shown(catalog.POOL_PEAK, _POOLS)}[1d])"
     spare = f"({_configured()} - on (job, instance, {_POOL}) {peak})"
     workers = promql.shown(catalog.POOL_WORKERS, _POOLS)
-    return promql.by("sum", (), f"clamp_min({spare}, 0) * on (job, instance, {_POOL}) {workers}")
+    return f"clamp_min({spare}, 0) * on (job, instance, {_POOL}) {workers}"
+
+
+def _never_needed() -> str:
+    return promql.by("sum", (), _spare())
+
+
+def spare_memory() -> str:
+    """Return the bytes that the database server would take for the connections that nobody needed for a day."""
+    each = promql.shown(catalog.CONNECTION_BYTES, _POOLS)
+    return promql.by("sum", (), f"{_spare()} * on (job, instance, {_POOL}) {each}")
 
 
 def row() -> Row:

@@ -25,18 +25,34 @@ MAX_PLACES: Final = 100
 """Places of checkout that are told within that time."""
 
 
+class Told:
+    """The places that were told in the log lately: each once per LOG_INTERVAL, and no more than MAX_PLACES of them."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, ...], float] = {}
+
+    def is_due(self, place: tuple[str, ...]) -> bool:
+        """Return whether a place may be told now, and take note that it was."""
+        now = time.monotonic()
+        self._at = {known: at for known, at in self._at.items() if now - at < LOG_INTERVAL}
+        if place in self._at or len(self._at) >= MAX_PLACES:
+            return False
+        self._at[place] = now
+        return True
+
+
 class LongHolds:
     """Finds the holds that last ``threshold`` seconds or longer."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._lock = threading.Lock()
-        self._told: dict[tuple[str, str, str], float] = {}
+        self._told = Told()
 
     def rearm(self) -> None:
         """Forget what was told. A fork may have left the lock held by a thread that is no more."""
         self._lock = threading.Lock()
-        self._told = {}
+        self._told = Told()
 
     def look(self, states: Iterable[PoolState]) -> None:
         """Count and tell what has been held for too long and was not told yet."""
@@ -58,11 +74,8 @@ class LongHolds:
     def _tell(self, hold: Hold, seconds: float) -> None:
         pool = hold.state.series.name
         route = OUTSIDE if hold.ledger is None else hold.ledger.route or UNMATCHED
-        place, now = (pool, route, key(hold.site)), time.monotonic()
-        self._told = {known: at for known, at in self._told.items() if now - at < LOG_INTERVAL}
-        if place in self._told or len(self._told) >= MAX_PLACES:
+        if not self._told.is_due((pool, route, key(hold.site))):
             return
-        self._told[place] = now
         log.warning(
             "fastapi-headroom: a connection of pool %s has been held for %.1f s by %s, of which statements ran %.1f s; "
             "checked out at %s; %s",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import asyncpg
 import httpx
@@ -15,6 +17,8 @@ import redis
 import redis.asyncio
 
 from demo_app.stack.servers import Postgres, Redis
+from fastapi_headroom import ledger
+from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.pools.probe import OtherPoolsProbe
 from fastapi_headroom.store.writer import Writer
 from tests.probes.pools import libraries
@@ -194,3 +198,40 @@ async def test_a_pool_that_is_gone_is_forgotten(probe: OtherPoolsProbe, postgres
     del pool
     gc.collect()
     assert sum(len(library.meters._by_id) for library in probe._libraries) == 0
+
+
+@pytest.mark.parametrize("library", ["asyncpg", "psycopg"])
+async def test_a_connection_that_a_request_never_gives_back_is_counted_and_told(
+    writer: Writer, postgres: Postgres, library: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is found by route within a look of the threshold, once, while it is still out; a short hold is not."""
+    caplog.set_level(logging.WARNING, "fastapi_headroom")
+    probe = OtherPoolsProbe(hold_threshold=0.2)
+    probe.bind(writer)
+    pool: Any
+    if library == "asyncpg":
+        pool = await asyncpg.create_pool(postgres.dsn, min_size=0, max_size=2)
+        take, give, name = pool.acquire, pool.release, f"asyncpg:postgres@127.0.0.1:{postgres.port}"
+    else:
+        pool = psycopg_pool.AsyncConnectionPool(postgres.dsn, min_size=1, max_size=2, name="shop", open=False)
+        await pool.open(wait=True)
+        take, give, name = pool.getconn, pool.putconn, "psycopg:shop"
+    request = Ledger("GET")
+    request.route = "/orders/{id}"
+    ledger.current.set(request)
+    await give(await take())
+    kept = await take()
+    request.finish(time.perf_counter())
+    probe.sample()
+    assert not caplog.records
+    await asyncio.sleep(0.25)
+    for _ in range(2):
+        await asyncio.to_thread(probe.sample)
+    (record,) = [record.getMessage() for record in caplog.records]
+    assert f"pool {name} has been held for" in record
+    assert "route /orders/{id}, which was answered: release it" in record
+    labels = {POOL: name, "http_route": "/orders/{id}"}
+    assert writer.value("headroom_pool_long_holds_total", **labels) == 1
+    await give(kept)
+    await pool.close()
+    probe.close()

@@ -23,6 +23,7 @@ class AsyncpgPools:
     modules: ClassVar[tuple[str, ...]] = ("asyncpg.pool",)
     stage: ClassVar[int | None] = None
     finds_broken: ClassVar[bool] = True
+    of_database: ClassVar[bool] = True
 
     def attach(self, meters: Meters, patches: Patches) -> None:
         """Wrap checkout and checkin, and the holder that a checkout gets from the queue."""

@@ -19,6 +19,7 @@ class HttpcorePools:
     modules: ClassVar[tuple[str, ...]] = ("httpcore._sync.connection_pool", "httpcore._async.connection_pool")
     stage: ClassVar[int | None] = ledger.HTTP_CLIENT
     finds_broken: ClassVar[bool] = False
+    of_database: ClassVar[bool] = False
 
     def attach(self, meters: Meters, patches: Patches) -> None:
         """Wrap the request, the wait within it, connecting, and the close of the response."""

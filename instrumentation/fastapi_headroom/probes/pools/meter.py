@@ -31,6 +31,8 @@ class Adapter(Protocol):
     """The ledger's stage that another probe has open around a checkout; the wait is taken out of it."""
     finds_broken: ClassVar[bool]
     """Whether broken connections are noticed."""
+    of_database: ClassVar[bool]
+    """Whether its connections are a database's, and long holds a fault; pub/sub and streams hold theirs by design."""
 
     def attach(self, meters: Meters, patches: Patches) -> None:
         """Wrap checkout, connecting and checkin."""
@@ -238,6 +240,10 @@ class Meters:
     def forget(self) -> None:
         """Begin anew, as after a fork or at the end."""
         self._by_id.clear()
+
+    def all(self) -> list[Meter]:
+        """Return the meters of all pools that were seen."""
+        return list(self._by_id.values())
 
     def read(self) -> list[tuple[MeterSeries, Reading | None, int]]:
         """Return series, reading and number of waiting checkouts of every pool that is alive."""

@@ -14,6 +14,7 @@ from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pool_names import MAX_NAMES
 from fastapi_headroom.probes.pools.asyncpg import AsyncpgPools
+from fastapi_headroom.probes.pools.holds import MeterHolds
 from fastapi_headroom.probes.pools.httpcore import HttpcorePools
 from fastapi_headroom.probes.pools.meter import Adapter, Meters
 from fastapi_headroom.probes.pools.psycopg import PsycopgPools
@@ -41,10 +42,13 @@ class OtherPoolsProbe:
         catalog.POOL_INVALIDATIONS,
         catalog.POOL_WAIT_BY_ROUTE,
         catalog.POOL_HOLD_BY_ROUTE,
+        catalog.POOL_LONG_HOLDS,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, hold_threshold: float = 10.0) -> None:
+        """Prepare to measure. Connections of databases held for ``hold_threshold`` seconds are reported."""
         self.guard = Guard(self.name)
+        self._long_holds = MeterHolds(hold_threshold)
         self._writer: Writer | None = None
         self._lock = threading.Lock()
         self._series: dict[str, MeterSeries] = {}
@@ -68,6 +72,7 @@ class OtherPoolsProbe:
         self._series = {}
         self._folded = BoundedNames(MAX_NAMES)
         self.guard.bind(writer)
+        self._long_holds.rearm()
         for library in self._libraries:
             library.meters.forget()
             library.attach()
@@ -86,6 +91,8 @@ class OtherPoolsProbe:
                 readings[series.name] = (found, others + pending)
         for name, (found, pending) in readings.items():
             self._series[name].write(found, pending)
+        databases = [library.meters for library in self._libraries if library.adapter.of_database]
+        self._long_holds.look(meter for meters in databases for meter in meters.all())
 
     def close(self) -> None:
         """Put every library back and forget its pools. Idempotent."""

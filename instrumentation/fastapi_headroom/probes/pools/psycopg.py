@@ -25,6 +25,7 @@ class PsycopgPools:
     modules: ClassVar[tuple[str, ...]] = ("psycopg_pool.pool", "psycopg_pool.pool_async")
     stage: ClassVar[int | None] = None
     finds_broken: ClassVar[bool] = True
+    of_database: ClassVar[bool] = True
 
     def attach(self, meters: Meters, patches: Patches) -> None:
         """Wrap checkout, connecting and checkin of both."""

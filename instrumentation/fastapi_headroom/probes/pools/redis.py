@@ -27,6 +27,7 @@ class RedisPools:
     modules: ClassVar[tuple[str, ...]] = ("redis.connection", "redis.asyncio.connection")
     stage: ClassVar[int | None] = ledger.CACHE
     finds_broken: ClassVar[bool] = False
+    of_database: ClassVar[bool] = False
 
     def attach(self, meters: Meters, patches: Patches) -> None:
         """Wrap checkout and checkin of both kinds, and connecting, which is what follows a wait."""

@@ -27,11 +27,16 @@ class Reading(NamedTuple):
 class RouteSeries:
     """The counters of one pool and one route. What runs on a connection is not seen, so there is no idle hold."""
 
-    __slots__ = ("hold", "wait")
+    __slots__ = ("_labels", "_writer", "hold", "wait")
 
     def __init__(self, writer: Writer, pool: str, route: str) -> None:
+        self._writer, self._labels = writer, (pool, route)
         self.wait: Counter = writer.counter(catalog.POOL_WAIT_BY_ROUTE, pool, route)
         self.hold: Counter = writer.counter(catalog.POOL_HOLD_BY_ROUTE, pool, route)
+
+    def long_holds(self) -> Counter:
+        """Return the counter of connections held beyond the threshold."""
+        return self._writer.counter(catalog.POOL_LONG_HOLDS, *self._labels)
 
 
 class MeterSeries:
