@@ -194,6 +194,8 @@ async def test_the_original_limit_comes_back(engine: AsyncEngine, probe: PoolPro
     assert "_do_return_conn" not in vars(pool)
     for connection in held[:3]:
         await connection.close()
+    for connection in [await engine.connect() for _ in range(3)]:  # beyond its size it keeps none that was used
+        await connection.close()
     assert (pool.checkedout(), pool.checkedin()) == (0, 2)  # type: ignore[attr-defined]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi_headroom import catalog, thresholds
-from fastapi_headroom.pack import board, palette, panels, pool_size, promql
+from fastapi_headroom.pack import board, palette, panels, pool_autosize, pool_size, promql
 from fastapi_headroom.pack.board import Cell, Row, Variable, across
 from fastapi_headroom.pack.panels import Query
 from fastapi_headroom.pack.rules import INSTANCE, Rule
@@ -35,7 +35,9 @@ def _exhausted() -> str:
 def _held_idle() -> str:
     labels = (*LABELS, "http_route")
     idle = promql.by("sum", labels, promql.rate(catalog.POOL_IDLE_HOLD_BY_ROUTE, "5m"))
-    limit = promql.by("sum", LABELS, promql.highest(catalog.POOL_MAX, "5m"))
+    # Under autosize the limit is small while little is asked for: what counts is how far it may grow.
+    reach = promql.by("max", LABELS, promql.highest(catalog.POOL_AUTOSIZE_BUDGET, "5m"))
+    limit = promql.block(f"{reach}\nor {promql.by('sum', LABELS, promql.highest(catalog.POOL_MAX, '5m'))}")
     share = promql.number(thresholds.POOL_IDLE_SHARE)
     return f"{idle}\n/ on ({', '.join(LABELS)}) group_left ()\n{limit}\n> {share}"
 
@@ -437,6 +439,14 @@ def render() -> str:
         UID,
         "Headroom / Database pool",
         "Do requests wait for database connections, who holds them, and is it the pool or the database?",
-        (_first_row(), _limits_row(), pool_size.row(), _routes_row(), _habits_row(), _details_row()),
+        (
+            _first_row(),
+            _limits_row(),
+            pool_size.row(),
+            pool_autosize.row(),
+            _routes_row(),
+            _habits_row(),
+            _details_row(),
+        ),
         (Variable("pool", catalog.POOL_MAX, POOL, "Pool"),),
     )

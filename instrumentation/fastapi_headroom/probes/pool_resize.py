@@ -81,7 +81,8 @@ class Resizer:
         with self._lock:
             pool.__dict__.pop(_RETURN, None)
             with self._mutex():
-                dropped = self._drop(len(_ready(pool._pool)) - size) if size else []
+                # Only the queue for threads must not hold more than its size; asyncio's gives up what is too much.
+                dropped = self._drop(len(_ready(pool._pool)) - size) if size and not pool._is_asyncio else []
                 gone = len(dropped)
                 with pool._overflow_lock:  # no calls in here, see _settle
                     pool._overflow = pool._pool.maxsize + pool._overflow - self._phantom - gone - size
