@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "tracing": {"settings", "ledger", "errors"},
     "probes": {
         "catalog", "errors", "settings", "thresholds", "ledger", "driver", "holds", "sockets", "tracing",
-        "store.writer", "own_io",
+        "store.writer", "store.claims", "advice", "own_io",
     },
     "advice": {"catalog", "thresholds"},
     "exporter": {
@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "testing": {"wiring", "settings", "store.writer", "errors", "probes"},
     "pytest_plugin": {"testing"},
     "cli": {"settings", "errors", "exporter", "pack"},
-    "__init__": {"wiring", "probes.cache"},
+    "__init__": {"wiring", "probes.cache", "probes.pool_autosize"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"apps", "own_io", "ledger", "driver", "holds", "sockets"}
 NEVER = {

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.cache import cache_invalidated, cache_result
+    from fastapi_headroom.probes.pool_autosize import Autosize, autosize
     from fastapi_headroom.wiring import Handle, init, init_worker
 
-__all__ = ["Handle", "cache_invalidated", "cache_result", "init", "init_worker"]
+__all__ = ["Autosize", "Handle", "autosize", "cache_invalidated", "cache_result", "init", "init_worker"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastapi_headroom import wiring
-    from fastapi_headroom.probes import cache
+    from fastapi_headroom.probes import cache, pool_autosize
 
-    value = getattr(cache if name.startswith("cache_") else wiring, name)
+    rooms = {"cache_result": cache, "cache_invalidated": cache, "Autosize": pool_autosize, "autosize": pool_autosize}
+    value = getattr(rooms.get(name, wiring), name)
     globals()[name] = value
     return value

@@ -326,6 +326,49 @@ POOL_PREDICTED_WAIT = _gauge(
     "seconds",
     "livemax",
 )
+POOL_AUTOSIZE_MINIMUM = _gauge(
+    "headroom_pool_autosize_minimum",
+    "pool",
+    (_POOL,),
+    "The least that autosize leaves the pools of all workers; db_client_connection_max is where they are.",
+    "connections",
+)
+POOL_AUTOSIZE_MAXIMUM = _gauge(
+    "headroom_pool_autosize_maximum",
+    "pool",
+    (_POOL,),
+    "The most that autosize would give the pools of all workers, were it not for the budget.",
+    "connections",
+)
+POOL_AUTOSIZE_BUDGET = _gauge(
+    "headroom_pool_autosize_budget",
+    "pool",
+    (_POOL,),
+    "Connections that the pools of all workers of this host share under autosize.",
+    "connections",
+    "livemax",
+)
+POOL_AUTOSIZE_WANTED = _gauge(
+    "headroom_pool_autosize_wanted",
+    "pool",
+    (_POOL,),
+    "Connections that the checkouts of the last seconds asked for, within the patience of autosize; without bounds.",
+    "connections",
+)
+POOL_AUTOSIZE_CHANGES = _counter(
+    "headroom_pool_autosize_changes_total",
+    "pool",
+    (_POOL, "direction", "reason"),
+    "Changes of the limit by autosize: grow or shrink, for demand, idle, trial or budget.",
+    "changes",
+)
+POOL_AUTOSIZE_HELD_BACK = _counter(
+    "headroom_pool_autosize_held_back_seconds_total",
+    "pool",
+    (_POOL, "reason"),
+    "Time for which the pool's checkouts asked for more and did not get it: maximum, budget, cpu or database.",
+    "seconds",
+)
 DATABASE_CONNECTIONS_MAX = _gauge(
     "headroom_database_connections_max",
     "pool",

@@ -45,6 +45,9 @@ POOL_ADVICE_CHECKOUTS: Final = 200.0
 """Checkouts of one worker within the advisor's window under which nothing is said of its pool."""
 POOL_ADVICE_SECONDS: Final = 60.0
 """Seconds that must have been observed before anything is said."""
+POOL_AUTOSIZE_BUSY: Final = 0.9
+"""Share of the time that a process, or its event loop's thread, runs or wants to run, from which on it is short of CPU
+and a larger pool would only move the line."""
 CACHE_DROP: Final = 0.5
 """A hit ratio under this share of a day ago's is a fault."""
 CACHE_LOOKUPS_FLOOR: Final = 1.0

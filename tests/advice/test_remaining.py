@@ -10,6 +10,8 @@ from fastapi_headroom import thresholds
 from fastapi_headroom.advice.remaining import READS, Remaining, Samples, remaining
 from fastapi_headroom.catalog import (
     LOOP_UTILIZATION,
+    POOL_AUTOSIZE_BUDGET,
+    POOL_AUTOSIZE_MAXIMUM,
     POOL_COUNT,
     POOL_MAX,
     POOL_PENDING,
@@ -54,6 +56,13 @@ def test_waiting_checkouts_count_as_use() -> None:
     """A pool that is full in one worker and idle in another is short as soon as checkouts wait."""
     rows = remaining(samples((POOL_COUNT, ("p", "used"), 5.0), (POOL_PENDING, ("p",), 8.0), (POOL_MAX, ("p",), 10.0)))
     assert rows == [("pool", "p", 0.0)]
+
+
+def test_a_pool_that_autosize_may_let_grow_has_that_left_as_well() -> None:
+    """At a limit of 2 with both in use nothing is short while the workers may have 6 each, within a budget of 8."""
+    rows = [(POOL_COUNT, ("p", "used"), 2.0), (POOL_MAX, ("p",), 2.0)]
+    rows += [(POOL_AUTOSIZE_MAXIMUM, ("p",), 12.0), (POOL_AUTOSIZE_BUDGET, ("p",), 8.0)]
+    assert remaining(samples(*rows)) == [("pool", "p", 0.75)]
 
 
 def test_a_pool_without_limit_has_no_row() -> None:

@@ -18,6 +18,8 @@ READS = (
     catalog.POOL_COUNT,
     catalog.POOL_PENDING,
     catalog.POOL_MAX,
+    catalog.POOL_AUTOSIZE_MAXIMUM,
+    catalog.POOL_AUTOSIZE_BUDGET,
     catalog.LOOP_UTILIZATION,
     catalog.THREADPOOL_TOKENS,
     catalog.QUEUE_OLDEST_AGE,
@@ -50,6 +52,7 @@ def _pools(samples: Samples) -> Iterable[Remaining]:
     """Connections in use and checkouts that wait, against the pool's limit, both summed over the workers.
 
     Waiting checkouts count as use: a pool that is full in one worker and idle in another is short, not half free.
+    Where autosize moves the limit, what counts is how far it may.
     """
     label = "db_client_connection_pool_name"
     demand = _by(samples, catalog.POOL_PENDING.name, label)
@@ -58,8 +61,12 @@ def _pools(samples: Samples) -> Iterable[Remaining]:
         if pairs.get("db_client_connection_state") == "used":
             demand[pairs[label]] = demand.get(pairs[label], 0.0) + value
     limits = _by(samples, catalog.POOL_MAX.name, label)
+    reach, budgets = (
+        _by(samples, metric.name, label) for metric in (catalog.POOL_AUTOSIZE_MAXIMUM, catalog.POOL_AUTOSIZE_BUDGET)
+    )
     for name in sorted(demand.keys() & limits.keys()):
-        yield from _row("pool", name, demand[name], limits[name])
+        limit = max(limits[name], min(reach.get(name, 0.0), budgets.get(name, 0.0)))
+        yield from _row("pool", name, demand[name], limit)
 
 
 def _loop(samples: Samples) -> Iterable[Remaining]:

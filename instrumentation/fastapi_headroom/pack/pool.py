@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi_headroom import catalog
-from fastapi_headroom.pack import board, pool_details, pool_limits, pool_routes, pool_size
+from fastapi_headroom.pack import board, pool_autosize, pool_details, pool_limits, pool_routes, pool_size
 from fastapi_headroom.pack.board import Variable
 from fastapi_headroom.pack.pool_queries import POOL, STATE, UID
 from fastapi_headroom.pack.pool_rules import RULES
@@ -17,6 +17,7 @@ def render() -> str:
         pool_limits.first_row(),
         pool_limits.limits_row(),
         pool_size.row(),
+        pool_autosize.row(),
         pool_routes.routes_row(),
         pool_routes.habits_row(),
         pool_details.details_row(),

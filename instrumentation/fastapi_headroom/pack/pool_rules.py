@@ -31,7 +31,9 @@ def _exhausted() -> str:
 def _held_idle() -> str:
     labels = (*LABELS, "http_route")
     idle = promql.by("sum", labels, promql.rate(catalog.POOL_IDLE_HOLD_BY_ROUTE, "5m"))
-    limit = promql.by("sum", LABELS, promql.highest(catalog.POOL_MAX, "5m"))
+    # Under autosize the limit is small while little is asked for: what counts is how far it may grow.
+    reach = promql.by("max", LABELS, promql.highest(catalog.POOL_AUTOSIZE_BUDGET, "5m"))
+    limit = promql.block(f"{reach}\nor {promql.by('sum', LABELS, promql.highest(catalog.POOL_MAX, '5m'))}")
     share = promql.number(thresholds.POOL_IDLE_SHARE)
     return f"{idle}\n/ on ({', '.join(LABELS)}) group_left ()\n{limit}\n> {share}"
 

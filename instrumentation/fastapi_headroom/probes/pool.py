@@ -26,6 +26,7 @@ from fastapi_headroom.probes.leaks import Leaks
 from fastapi_headroom.probes.long_holds import LongHolds
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
+from fastapi_headroom.probes.pool_autosize import Autosizers
 from fastapi_headroom.probes.pool_hooks import PoolHooks
 from fastapi_headroom.probes.pool_names import MAX_NAMES, base_engine, derive_name
 from fastapi_headroom.probes.pool_series import HOLD_KEY, OUTSIDE, STATE_KEY, Counts, Hold, PoolSeries, PoolState
@@ -53,6 +54,7 @@ class PoolProbe:
         self.statements = Statements(self.guard)
         self.long_holds = LongHolds(settings.hold_threshold)
         self.leaks = Leaks(settings.hold_threshold)
+        self.autosizers = Autosizers(self)
         self.epoch: object | None = None
         """The current run, None while not bound. After a fork what was made in the parent is of another epoch."""
         self._writer: Writer | None = None
@@ -98,6 +100,7 @@ class PoolProbe:
         self._hook()
         for engine in list(self._engines):
             self.state_of(engine.pool, engine)
+        self.autosizers.bind(writer)
 
     def _hook(self) -> None:
         if self._hooks is None and "sqlalchemy" in sys.modules:
@@ -111,6 +114,7 @@ class PoolProbe:
         global _bound
         if _bound is self:
             _bound = None
+        self.autosizers.close()
         self.epoch = None
         self._writer = None
         self.statements.bind(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 import threading
@@ -147,6 +148,7 @@ class PoolHooks:
     def _wrap_create(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Time the opening of a connection: a new one, or one in place of a broken or too old one."""
         probe, who = self.probe, _identify()
+        running_loop, native_id = asyncio._get_running_loop, threading.get_native_id
 
         def connect(record: Any) -> None:
             epoch = probe.epoch
@@ -169,6 +171,8 @@ class PoolHooks:
             request = ledger.current.get()
             if request is not None:
                 request.enter(ledger.DB)
+            if state.is_asyncio:
+                state.home = running_loop(), native_id()
             started = perf_counter()
             try:
                 original(record)

@@ -163,7 +163,7 @@ def _idle(pool: Any) -> int:
 class PoolState:
     """What is known of one pool object. It hangs on the pool, so that it goes when the pool goes."""
 
-    __slots__ = ("depth", "epoch", "held", "idle", "is_asyncio", "queue", "series", "waiting")
+    __slots__ = ("depth", "epoch", "held", "home", "idle", "is_asyncio", "queue", "series", "waiting")
 
     def __init__(self, epoch: object, series: PoolSeries, queue: QueueSeries | None, is_asyncio: bool) -> None:
         self.epoch = epoch
@@ -175,6 +175,8 @@ class PoolState:
         """The pool's own container of idle connections, if it is certain that a checkout takes one without waiting."""
         self.waiting: dict[Any, tuple[float, Ledger | None]] = {}
         """Who waits for a connection (thread or greenlet), since when, and for which request."""
+        self.home: tuple[Any, int] | None = None
+        """The event loop on which an async pool opened its last connection, and the loop's thread (native id)."""
         self.depth = 0
         """See ``checkout_site``."""
         self.held: set[Hold] = set()

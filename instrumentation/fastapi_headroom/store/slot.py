@@ -189,6 +189,25 @@ def take(fd: int, *, shared: bool = False) -> None:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
+def take_byte(fd: int, at: int) -> None:
+    """Lock one byte of an open file. Raises OSError: EAGAIN or EACCES when somebody else has it, ENOSYS where there
+    are no open-file-description locks."""
+    if not _HAS_OFD_LOCKS:
+        raise OSError(errno.ENOSYS, "this system has no open-file-description locks")
+    fcntl.fcntl(fd, _OFD_SETLK, _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+
+
+def give_byte(fd: int, at: int) -> None:
+    """Let go of one byte's lock."""
+    fcntl.fcntl(fd, _OFD_SETLK, _flock.pack(fcntl.F_UNLCK, os.SEEK_SET, at, 1, 0))
+
+
+def byte_is_held(fd: int, at: int) -> bool:
+    """Return whether somebody else holds one byte's lock, without taking it."""
+    kind: int = _flock.unpack(fcntl.fcntl(fd, _OFD_GETLK, _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)))[0]
+    return kind != fcntl.F_UNLCK
+
+
 def _flock_is_held(fd: int) -> bool:
     """Ask by a shared flock, let go of at once: all that systems without open-file-description locks offer.
 
