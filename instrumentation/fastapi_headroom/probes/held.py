@@ -79,7 +79,7 @@ class Held:
                 self.began = self.earliest = self.first = exact
                 self._known = True
 
-    def is_found_by(self, look: Look, marker: Marker, cpu: float | None) -> bool:
+    def is_found_by(self, look: Look, marker: Marker, cpu: float | None = None) -> bool:
         """Return whether a look found this very step.
 
         ``marker`` was there when it was found before; ``cpu`` are the CPU seconds of the loop's thread. Between two
@@ -91,7 +91,7 @@ class Held:
             return not marker.passed and cpu is not None and self.cpu is not None and cpu - self.cpu < STILL
         return not (look.resumes and marker.passed)
 
-    def seen(self, sample: Sample, first: float, now: float, cpu: float | None) -> None:
+    def seen(self, sample: Sample, first: float, now: float, cpu: float | None = None) -> None:
         """Take note of a look that found it at ``now``; when it is the first, it was surely there from ``first`` on."""
         self.cpu = cpu
         if not self.samples and not self._known:
