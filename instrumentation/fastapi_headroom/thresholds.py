@@ -64,6 +64,12 @@ CACHE_MEMORY_SHARE: Final = 0.9
 """Share of its memory limit that a cache server may hold that refuses writes at it."""
 QUEUE_AGE_SECONDS: Final = 60.0
 MEMORY_SHARE: Final = 0.9
+MEMORY_FORECAST_HOURS: Final = 4
+"""Hours ahead for which the growth of memory is carried forward."""
+RESTARTS_PER_WORKER: Final = 2
+"""Restarts of each worker within 15 minutes that a deploy, or recycling, may bring."""
+ACCEPT_BACKLOG: Final = 10
+"""Connections that wait to be accepted, on average over 5 minutes, from which on the workers do not keep up."""
 DESCRIPTOR_SHARE: Final = 0.9
 REMAINING_LOW: Final = 0.1
 TRAFFIC_FLOOR: Final = 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi_headroom import catalog, thresholds
-from fastapi_headroom.pack import board, palette, panels, promql
+from fastapi_headroom.pack import board, palette, panels, promql, runtime_workers
 from fastapi_headroom.pack.board import Cell, Row, across
 from fastapi_headroom.pack.panels import Query
 from fastapi_headroom.pack.rules import INSTANCE, JOB, WORKER, Rule
@@ -96,6 +96,7 @@ RULES = (
         board=UID,
         variables=INSTANCE,
     ),
+    *runtime_workers.RULES,
     Rule(
         name="MemoryNearLimit",
         expression=_memory(),

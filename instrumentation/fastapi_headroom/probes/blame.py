@@ -10,14 +10,14 @@ import dis
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, CO_ITERABLE_COROUTINE
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, CO_ITERABLE_COROUTINE, unwrap
 from itertools import dropwhile
 from pathlib import Path
 from statistics import median
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Final, Literal, NamedTuple
 
 from fastapi_headroom.ledger import Ledger
@@ -32,6 +32,7 @@ _OURS: Final = str(Path(__file__).parents[1])
 _DRIVER: Final = "fastapi_headroom.driver"
 _DRIVERS: Final = frozenset({_DRIVER, "fastapi_headroom.probes.request"})
 """Modules that run steps: the request probe runs the first step of each request itself."""
+_ROUTERS: Final = ("starlette.routing", "fastapi.routing")
 _STDLIB: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 _RESUMES: Final = CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR
 _PACKAGES: Final = ("/site-packages/", "/dist-packages/")
@@ -59,9 +60,11 @@ class Look(NamedTuple):
 
     sample: Sample
     base: FrameType | None
-    """Outermost frame of the step: a coroutine's, or that of a function which the loop called."""
+    """Outermost frame of the step: a coroutine's, or that of a function which the loop called; None between two."""
     began: float | None
     """When the step began (``time.perf_counter``), where the step driver knows it: exactly, for those of requests."""
+    ours: bool = False
+    """Code of this package is what runs, if below functions of the standard library."""
 
     @property
     def resumes(self) -> bool:
@@ -77,7 +80,7 @@ class Evidence:
     all threads. ``watchdog_late`` is how long the watchdog could not run either, in stretches too long for Python code
     that takes turns, and not for want of a CPU. ``collecting`` is time in the
     garbage collector. ``waits_for_lock`` says whether the thread sat in a lock's system call when looked at; None
-    where the system does not tell.
+    where the system does not tell, and when it was about to go on each time.
     """
 
     wall: float
@@ -87,6 +90,8 @@ class Evidence:
     watchdog_late: float
     collecting: float
     waits_for_lock: bool | None
+    wakes: float | None = None
+    """Times that the blocked thread woke, for each that one which waits for the GIL does; None when not known."""
 
 
 def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
@@ -96,7 +101,8 @@ def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
     * ``python``, ``native``: the thread used a CPU; in C when the watchdog could not run for half of the time (the
       call kept the GIL), or when the stack stood at one call in every sample while the GIL was free.
     * ``starved``: it was ready and got no CPU; or no thread of the process ran at all (stopped, or swapped out).
-    * ``gil``: it slept in a lock while other threads of the process computed, or the watchdog slept with it.
+    * ``gil``: it slept in a lock and woke again and again, as one that waits for the GIL does, or while other threads
+      of the process computed; or the watchdog slept with it.
     * ``io``: it slept in any other system call, a lock or a ``sleep`` among them.
     """
     half = evidence.wall / 2
@@ -108,11 +114,11 @@ def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
         return "native" if evidence.watchdog_late >= half or _in_one_call(samples) else "python"
     if evidence.ready >= asleep:
         return "starved"
+    # Who keeps the GIL may have got little CPU itself: what the thread woke for tells more.
+    kept = others >= asleep / 2 or (evidence.wakes is not None and evidence.wakes >= 0.5)
     if evidence.watchdog_late >= half:
-        return "gil" if others >= half else "starved"
-    if others >= half and evidence.waits_for_lock is not False:
-        return "gil"
-    return "io"
+        return "gil" if kept else "starved"
+    return "gil" if kept and evidence.waits_for_lock is not False else "io"
 
 
 def _in_one_call(samples: Sequence[Sample]) -> bool:
@@ -143,7 +149,7 @@ def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameTy
     frames = inner or frames[:1]
     shown = list(dropwhile(_is_ours, frames)) or frames
     sample = Sample(
-        site=site_of(frames),
+        site=_responsible(frames) if inner else UNKNOWN,
         position=(id(frame), len(frames), frame.f_lasti),
         in_call=_in_call(code, frame.f_lasti),
         waited=waited,
@@ -151,7 +157,31 @@ def look_at(frame: FrameType, skip: int = 0, waited: float = 0.0, outer: FrameTy
         ledger=_ledger(frames),
     )
     base = inner[-1] if inner else None
-    return Look(sample, base, None if base is None else _began(base))
+    owners = (owner_of(f.f_code.co_filename) for f in frames)
+    ours = next((owner for owner in owners if owner != "stdlib"), "user") == "ours"
+    return Look(sample, base, None if base is None else _began(base), ours)
+
+
+def _responsible(frames: Sequence[FrameType]) -> str:
+    """Return the site of a step: without code of the user's on the stack, the endpoint that the libraries work for.
+
+    They may turn its result into JSON, or it may have returned from the call that took long a moment ago.
+    """
+    if any(owner_of(frame.f_code.co_filename) == "user" for frame in frames):
+        return site_of(frames)
+    return endpoint_of(frames) or site_of(frames)
+
+
+def endpoint_of(frames: Iterable[FrameType]) -> str | None:
+    """Return the site of the endpoint that a router on the stack has found, if it is a function of the user's."""
+    for frame in frames:
+        if frame.f_globals.get("__name__") in _ROUTERS and "scope" in frame.f_code.co_varnames:
+            scope = frame.f_locals.get("scope")
+            endpoint = scope.get("endpoint") if isinstance(scope, MutableMapping) else None
+            function = unwrap(endpoint) if callable(endpoint) else None
+            if isinstance(function, FunctionType) and owner_of(function.__code__.co_filename) == "user":
+                return _site(function.__module__, function.__code__)
+    return None
 
 
 def site_of(frames: Iterable[FrameType]) -> str:
@@ -200,8 +230,11 @@ def depth_of(frame: FrameType | None) -> int:
 
 
 def _name(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{frame.f_globals.get('__name__', '?')}:{code.co_qualname.replace('<locals>.', '')}:{code.co_firstlineno}"
+    return _site(frame.f_globals.get("__name__", "?"), frame.f_code)
+
+
+def _site(module: str, code: CodeType) -> str:
+    return f"{module}:{code.co_qualname.replace('<locals>.', '')}:{code.co_firstlineno}"
 
 
 def _in_call(code: CodeType, instruction: int) -> bool:

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any, Final
 
 from fastapi_headroom import catalog
-from fastapi_headroom.ledger import current
+from fastapi_headroom.ledger import Ledger, current
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import outwards, owner_of, site_of
+from fastapi_headroom.probes.blame import Look, outwards, owner_of, site_of
 from fastapi_headroom.probes.blocking_places import PLACES, REMEDIES, Place
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
@@ -129,30 +129,46 @@ class BlockingCalls:
             if perf_counter() - started >= least:
                 self._count(kind, sys._getframe(1))
 
-    def _count(self, kind: str, frame: FrameType) -> None:
+    def found_in_file(self, look: Look, thread: int) -> None:
+        """Count a call on a file that the watchdog found a loop's thread in, unless a wrap is about to count it."""
+        if thread in self._inside:
+            return
         try:
-            writer = self._writer
-            if writer is None or _made_by_us(frame):
-                return
-            site = self._sites(site_of(outwards(frame)))
-            counter = self._counters.get((kind, site))
-            if counter is None:
-                counter = self._counters[kind, site] = writer.counter(catalog.BLOCKING_CALLS, kind, site)
-            counter.inc()
-            if (kind, site) not in self._logged:
-                self._log(kind, site, frame)
+            found = (entry.partition(" ")[0].rpartition(":") for entry in look.sample.stack)
+            line = next((f" (line {line})" for name, _, line in found if owner_of(name) == "user"), "")
+            self._add("file", look.sample.site, line, look.sample.ledger)
         except Exception as error:
             self._guard.failed(error)
 
-    def _log(self, kind: str, site: str, frame: FrameType) -> None:
+    def _count(self, kind: str, frame: FrameType) -> None:
+        try:
+            if _made_by_us(frame):
+                return
+            lines = (f.f_lineno for f in outwards(frame) if owner_of(f.f_code.co_filename) == "user")
+            line = next((f" (line {line})" for line in lines), "")
+            self._add(kind, site_of(outwards(frame)), line, current.get())
+        except Exception as error:
+            self._guard.failed(error)
+
+    def _add(self, kind: str, site: str, line: str, request: Ledger | None) -> None:
+        writer = self._writer
+        if writer is None:
+            return
+        site = self._sites(site)
+        counter = self._counters.get((kind, site))
+        if counter is None:
+            counter = self._counters[kind, site] = writer.counter(catalog.BLOCKING_CALLS, kind, site)
+        counter.inc()
+        if (kind, site) not in self._logged:
+            self._log(kind, site, line, request)
+
+    def _log(self, kind: str, site: str, line: str, request: Ledger | None) -> None:
         now = time.monotonic()
         if now < self._log_due:
             return  # its next call is soon enough
         self._log_due = now + LOG_INTERVAL
         self._logged.add((kind, site))
-        request = current.get()
         route = f" while serving {request.route}" if request is not None and request.route else ""
-        line = next((f" (line {f.f_lineno})" for f in outwards(frame) if owner_of(f.f_code.co_filename) == "user"), "")
         log.warning(
             "fastapi-headroom: %s%s makes a blocking call (%s) on the loop's thread%s: every other request of this "
             "worker waits meanwhile; %s",

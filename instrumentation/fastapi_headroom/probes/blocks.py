@@ -26,8 +26,11 @@ STILL_BLOCKED: Final = 5.0
 MOST_EVENTS: Final = 10
 """Latest blocks of its time that a request's span tells of."""
 
-since: Callable[[float, float], list[Block]] | None = None
-"""Returns the blocks between two moments (``time.monotonic``), the one that goes on included; set by the loop probe."""
+since: Callable[[float, float, tuple[float, Ledger] | None], list[Block]] | None = None
+"""Returns the blocks between two moments (``time.monotonic``), the one that goes on included; set by the loop probe.
+
+The third argument is when the step that runs began, and the request whose step it is.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,12 @@ class Block:
     """Requests that were in flight meanwhile."""
     starved: float = 0.0
     """Seconds of it in which the loop's thread was ready and got no CPU."""
+    request: Ledger | None = None
+    """The request whose step it was, where that is known without a sample."""
+
+    def is_by(self, request: Ledger) -> bool:
+        """Return whether it was a step of this request."""
+        return self.request is request or (self.sample is not None and self.sample.ledger is request)
 
     @property
     def seconds(self) -> float:
@@ -148,12 +157,13 @@ def tell_span(request: Ledger) -> None:
     now = time.monotonic()
     ahead = time.perf_counter() - now
     to_epoch = time.time() - now
-    for block in since(request.started - ahead, now)[-MOST_EVENTS:]:
+    step = (request.mark - request.longest_step - ahead, request)  # its last step, if that was the longest
+    for block in since(request.started - ahead, now, step)[-MOST_EVENTS:]:
         attributes: dict[str, str | float | bool] = {
             "site": block.site,
             "cause": block.cause,
             "seconds": round(block.seconds, 6),
-            "by_this_request": block.sample is not None and block.sample.ledger is request,
+            "by_this_request": block.is_by(request),
         }
         spans.add_event("event_loop.blocked", int((block.began + to_epoch) * 1e9), attributes)
 

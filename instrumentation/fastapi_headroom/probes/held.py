@@ -11,6 +11,7 @@ not run, and the time that our own thread was, while it may have kept the GIL or
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Final
 
@@ -23,6 +24,12 @@ MOST_SAMPLES: Final = 50
 """Latest samples of a block that are kept."""
 SLACK: Final = 0.005
 """Seconds without a CPU before a step was seen that may be of before its time (see ``Pulse.clocks_on_time``)."""
+
+
+STILL: Final = 0.001
+"""Seconds of CPU up to which the loop's thread did nothing but ask for the GIL."""
+LEAST_INTERVALS: Final = 5
+"""Switch intervals that a sleep must have lasted for one to say whether it was for the GIL."""
 
 
 class Marker:
@@ -60,6 +67,9 @@ class Held:
         self.reported = False
         self._lack = self._lack_first = self.lack_last = lack
         self._ready_first = clocks.ready
+        self._clocks_first: Clocks | None = None
+        self.cpu: float | None = None
+        """CPU seconds of the loop's thread at the last look."""
         self._pending = 0.0
         self._running = True
         self._known = False
@@ -69,14 +79,21 @@ class Held:
                 self.began = self.earliest = self.first = exact
                 self._known = True
 
-    def is_found_by(self, look: Look, marker: Marker) -> bool:
-        """Return whether a look found this very step. ``marker`` was there when it was found before."""
-        if self.look is None or self.look.base is None or look.base is not self.look.base:
+    def is_found_by(self, look: Look, marker: Marker, cpu: float | None = None) -> bool:
+        """Return whether a look found this very step.
+
+        ``marker`` was there when it was found before; ``cpu`` are the CPU seconds of the loop's thread. Between two
+        steps, as while the loop waits for the GIL to run the next one, it is the same time when neither went on.
+        """
+        if self.look is None or look.base is not self.look.base:
             return False
+        if look.base is None:
+            return not marker.passed and cpu is not None and self.cpu is not None and cpu - self.cpu < STILL
         return not (look.resumes and marker.passed)
 
-    def seen(self, sample: Sample, first: float, now: float) -> None:
+    def seen(self, sample: Sample, first: float, now: float, cpu: float | None = None) -> None:
         """Take note of a look that found it at ``now``; when it is the first, it was surely there from ``first`` on."""
+        self.cpu = cpu
         if not self.samples and not self._known:
             self.first = first
             self.began = (self.earliest + first) / 2
@@ -88,6 +105,7 @@ class Held:
     def clocked(self, clocks: Clocks, running: bool, lack: Lack) -> None:
         """Take the clocks that were read after a look that found it. ``running`` is False in a system call."""
         if len(self.samples) == 1:
+            self._clocks_first = clocks
             if not self._known:
                 self._ready_first = clocks.ready
                 self._lack_first = lack
@@ -106,6 +124,18 @@ class Held:
         last = self.at_last
         passed = (clocks.at - last.at) - (clocks.cpu - last.cpu) - (clocks.ready - last.ready)
         return max(0.0, self._pending + passed)
+
+    def wakes(self, clocks: Clocks) -> float | None:
+        """Return how often the loop's thread woke since the first look, for each time that a wait for the GIL does.
+
+        None when it did not sleep for long enough since, or where the system does not tell.
+        """
+        first = self._clocks_first
+        if first is None or not clocks.turns or not first.turns:
+            return None
+        asleep = (clocks.at - first.at) - (clocks.cpu - first.cpu) - (clocks.ready - first.ready)
+        interval = sys.getswitchinterval()
+        return (clocks.turns - first.turns) * interval / asleep if asleep >= LEAST_INTERVALS * interval else None
 
     def lacked(self, lack: Lack) -> float:
         """Return seconds for which the watchdog got no CPU to look at it."""

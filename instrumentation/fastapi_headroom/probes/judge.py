@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
 from typing import Final
 
+from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes import procfs
-from fastapi_headroom.probes.blame import UNKNOWN, Cause, Evidence, Sample, cause_of, most_common
+from fastapi_headroom.probes.blame import (
+    UNKNOWN,
+    Cause,
+    Evidence,
+    Sample,
+    cause_of,
+    endpoint_of,
+    most_common,
+    outwards,
+)
 from fastapi_headroom.probes.blocks import Block, in_flight
 from fastapi_headroom.probes.held import Held
 from fastapi_headroom.probes.lack import Lack
@@ -51,14 +62,43 @@ class Judge:
             sample = next((s for s in reversed(samples) if s.site == site), None)
         return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
 
+    def unseen(self, beat: Beat, after: Clocks, step: tuple[float, Ledger], sample: Sample | None) -> Block | None:
+        """Return the block that a request's step was, up to ``after``, when nobody could look while it lasted.
+
+        Call it within that step. ``step`` is when it began and whose it is, ``sample`` what was found when it was
+        possible to look again. None when the step was shorter than a block, or long only for want of a CPU.
+        """
+        began, request = step
+        before = beat.clocks
+        # All that passed without a CPU since the beat, as if it had been in this step: never too much is blamed.
+        starved = max(0.0, after.ready - before.ready)
+        wall = after.at - began - starved
+        if wall < self._threshold:
+            return None
+        cpu = after.cpu - before.cpu
+        evidence = Evidence(
+            wall=wall,
+            cpu=cpu,
+            ready=0.0,
+            process_cpu=after.process - before.process,
+            watchdog_late=wall if cpu >= wall / 2 else 0.0,
+            collecting=after.collecting - before.collecting,
+            waits_for_lock=None,
+        )
+        # What it called has returned; for whom it was called is still on the stack.
+        site = (endpoint_of(outwards(sys._getframe())) or UNKNOWN) if sample is None else sample.site
+        return Block(began, after.at, site, cause_of(evidence, ()), sample, in_flight(), starved, request)
+
     def _find_culprit(self, held: Held, least: float) -> Sample | None:
-        """Return the thread that used most CPU since the last look at all; at least ``least`` seconds."""
+        """Return what used most CPU since all were looked at, in one thread or several; at least ``least`` seconds."""
         now = _cpu_of_threads()
+        sites: dict[str, float] = {}
         for thread in threading.enumerate():
             sample = self.elsewhere.get(thread.ident or 0)
             if sample is None or thread.native_id is None:
                 continue
             used = now.get(thread.native_id, 0.0) - self._threads.get(thread.native_id, 0.0)
+            used = sites[sample.site] = sites.get(sample.site, 0.0) + used
             if used > least:
                 least, held.culprit = used, sample
         return held.culprit
@@ -81,6 +121,7 @@ def _evidence(held: Held, after: Clocks, starved: float, lacked: float) -> Evide
         watchdog_late=wall * held.late / could_look,
         collecting=after.collecting - before.collecting,
         waits_for_lock=held.waits_for_lock,
+        wakes=held.wakes(after),
     )
 
 

@@ -138,7 +138,8 @@ class LoopProbe:
             delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
             heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second)
             heartbeat.start()
-            watchdog = Watchdog(pulse, Account(writer, self._threshold), self.guard, self._threshold)
+            account, on_file = Account(writer, self._threshold), self._blocking.found_in_file
+            watchdog = Watchdog(pulse, account, self.guard, self._threshold, on_file)
             watchdog.start()
             blocks.since = watchdog.blocks
             self._heartbeat, self._watchdog = heartbeat, watchdog

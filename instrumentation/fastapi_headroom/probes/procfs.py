@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 PROC = Path("/proc")
 NO_LIMIT = 1 << 60
@@ -25,48 +26,59 @@ _UNACKED, _UNACKED_OFFSET = struct.Struct("=I"), 24
 """Where ``struct tcp_info`` has ``tcpi_unacked``: for a listening socket, the length of its accept queue."""
 
 
+class Times(NamedTuple):
+    """What the kernel's scheduler counted of one thread, since it began."""
+
+    on_cpu: float
+    """Seconds on a CPU."""
+    waiting: float
+    """Seconds ready, but without a CPU."""
+    turns: int
+    """Times that it was given a CPU. A thread that sleeps in a call has none; one that waits for the GIL wakes
+    every ``sys.getswitchinterval()`` to ask for it."""
+
+
 class ThreadStat:
-    """What the kernel knows about one thread of this process. Owns a file descriptor while open."""
+    """What the kernel knows about one thread of this process. Owns file descriptors while open."""
 
     __slots__ = ("_descriptor", "_syscall")
 
     def __init__(self, native_id: int, proc: Path = PROC) -> None:
-        self._syscall = str(proc / "self" / "task" / str(native_id) / "syscall")
-        self._descriptor: int | None = None
-        try:
-            path = str(proc / "self" / "task" / str(native_id) / "schedstat")
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            pass  # no Linux, or a kernel without CONFIG_SCHED_INFO
+        folder = proc / "self" / "task" / str(native_id)
+        self._descriptor = _open(folder / "schedstat")  # none without Linux, or without CONFIG_SCHED_INFO
+        self._syscall = _open(folder / "syscall")
 
-    def times(self) -> tuple[float, float] | None:
-        """Return seconds on a CPU and seconds ready but waiting for one, both since the thread began."""
+    def times(self) -> Times | None:
+        """Return what the scheduler counted, None where it does not tell."""
         if self._descriptor is None:
             return None
         try:
-            on_cpu, waiting = os.pread(self._descriptor, 96, 0).split()[:2]
+            on_cpu, waiting, turns = os.pread(self._descriptor, 96, 0).split()[:3]
         except (OSError, ValueError):
             return None
-        return int(on_cpu) * 1e-9, int(waiting) * 1e-9
+        return Times(int(on_cpu) * 1e-9, int(waiting) * 1e-9, int(turns))
 
     def system_call(self) -> str | None:
-        """Return the number of the system call that the thread sleeps in, ``running`` when in none, None if unknown."""
+        """Return the system call that the thread sleeps in: number, arguments, stack and instruction pointer.
+
+        ``running`` when it is in none, or ready to go on; None where the system does not tell. Two equal answers are
+        of one and the same call when the thread had no turn in between.
+        """
+        if self._syscall is None:
+            return None
         try:
-            descriptor = os.open(self._syscall, os.O_RDONLY | os.O_CLOEXEC)
+            # In one call: it gives the GIL away, and whoever waits for that would be gone before the next one.
+            return os.pread(self._syscall, 256, 0).decode().strip() or None
         except OSError:
             return None
-        try:
-            return os.read(descriptor, 32).split(maxsplit=1)[0].decode()
-        except (OSError, IndexError):
-            return None
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
-        """Release the descriptor. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Release the descriptors. Idempotent."""
+        descriptors = (self._descriptor, self._syscall)
+        self._descriptor = self._syscall = None
+        for descriptor in descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def thread_cpu(native_id: int) -> float | None:
@@ -176,6 +188,13 @@ def accept_backlog(descriptor: int) -> tuple[int, int] | None:
             return listener.getsockname()[1], _UNACKED.unpack_from(information, _UNACKED_OFFSET)[0]
     except (OSError, AttributeError, struct.error):
         return None  # closed meanwhile, or no Linux
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> str | None:

@@ -37,6 +37,8 @@ class Clocks(NamedTuple):
     """All threads on CPUs."""
     collecting: float
     """The garbage collector on the loop's thread."""
+    turns: int = 0
+    """Times that the loop's thread was given a CPU; 0 where the system does not tell."""
 
 
 class Beat(NamedTuple):
@@ -97,17 +99,21 @@ class Pulse:
     def clocks(self, now: float) -> Clocks:
         """Read the clocks at ``now``. Safe from any thread."""
         process = cpu = time.process_time()  # without a clock of the thread, the process's is the next best
-        ready = 0.0
+        ready, turns = 0.0, 0
         times = self.thread.times()
         if times is not None:
-            cpu, ready = times
-        if self._clock is not None:
-            try:
-                cpu = time.clock_gettime(self._clock)  # exact, where the other is brought up to date at ticks
-            except OSError:
-                pass  # the loop's thread has ended
+            cpu, ready, turns = times
+        exact = self.cpu()  # where the other is brought up to date at ticks
         began = self._collection_began
-        return Clocks(now, cpu, ready, process, self._collected + (now - began if began else 0.0))
+        collected = self._collected + (now - began if began else 0.0)
+        return Clocks(now, cpu if exact is None else exact, ready, process, collected, turns)
+
+    def cpu(self) -> float | None:
+        """Return the CPU seconds of the loop's thread, without giving the GIL away; None where nobody knows."""
+        try:
+            return None if self._clock is None else time.clock_gettime(self._clock)
+        except OSError:
+            return None  # the loop's thread has ended
 
     def clocks_on_time(self, now: float) -> Clocks:
         """Read the clocks at ``now``, on the loop's thread, when the loop was free: ``ready`` may be of earlier."""

@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextvars import Context
 from typing import Final
 
+from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import Look, look_at
+from fastapi_headroom.probes.blame import Look, Sample, look_at
 from fastapi_headroom.probes.blocks import Block, Reporter
+from fastapi_headroom.probes.file_calls import FileCalls
 from fastapi_headroom.probes.held import Held, Marker
 from fastapi_headroom.probes.judge import Judge, starved_block
 from fastapi_headroom.probes.lack import Lack, OwnClock
@@ -30,6 +33,8 @@ LONG_TURN: Final = 0.05
 SHORT_WAIT: Final = 0.002
 """Seconds that a timer may be late by itself."""
 LEAST_NAP: Final = 0.002
+RUNNING: Final = "running"
+"""What the kernel says of a thread that is in no system call, or ready to leave one."""
 THREADS_INTERVAL: Final = 1.0
 """Seconds between two looks at the CPU time of every thread, to find who keeps the GIL."""
 CLOSE_LOOKS: Final = 10
@@ -41,13 +46,22 @@ MOST_RECENT: Final = 64
 class Watchdog(threading.Thread):
     """Watches one loop until ``stop``."""
 
-    def __init__(self, pulse: Pulse, reporter: Reporter, guard: Guard, threshold: float) -> None:
+    def __init__(
+        self,
+        pulse: Pulse,
+        reporter: Reporter,
+        guard: Guard,
+        threshold: float,
+        on_file_call: Callable[[Look, int], None] | None = None,
+    ) -> None:
+        """``on_file_call`` is told of each call on a file that holds the loop, with the thread's identifier."""
         super().__init__(name="headroom-watchdog", daemon=True)
         self.pulse, self._reporter, self._guard, self._threshold = pulse, reporter, guard, threshold
         self._tick = min(max(threshold / 5, 0.004), 0.02)
         self._suspicious = threshold / 4
         self._long_turn = min(LONG_TURN, threshold / 2)
         self._judge = Judge(threshold)
+        self._on_file_call, self._file_calls = on_file_call, FileCalls()
         self._stopped = self._closes = False
         self.watches = threading.Event()
         """Set once it looks: how long the GIL is kept from it before that, it cannot tell."""
@@ -55,6 +69,8 @@ class Watchdog(threading.Thread):
         # About the late beat that is being looked at; _settle clears them.
         self._beat: Beat | None = None
         self._held: Held | None = None
+        self._latest: tuple[Beat, Sample] | None = None
+        """What was found last. There at once: whoever had the GIL before runs on while the rest is looked up."""
         self._marker = Marker()
         self._marker.passed = True
         self._looks = self._steps = 0
@@ -99,8 +115,25 @@ class Watchdog(threading.Thread):
         if self._closes:
             self.pulse.close()
 
-    def blocks(self, began: float, now: float) -> list[Block]:
-        """Return the blocks since ``began``, the one that goes on included. Call it on the loop's thread."""
+    def blocks(self, began: float, now: float, step: tuple[float, Ledger] | None = None) -> list[Block]:
+        """Return the blocks since ``began``, the one that goes on included. Call it on the loop's thread.
+
+        ``step`` is when the step that runs began, and its request: a call that keeps the GIL lets nobody else see it.
+        """
+        found = self._known_blocks(began, now)
+        if step is None or (found and found[-1].ended > step[0]):
+            return found
+        beat = self.pulse.beat
+        if beat.clocks.at > step[0] or not beat.is_block(now, self._threshold):
+            return found  # the loop has gone on since
+        latest = self._latest
+        sample = latest[1] if latest is not None and latest[0] is beat else None
+        block = self._judge.unseen(beat, self.pulse.clocks(now), step, sample)
+        if block is not None:
+            found.append(block)
+        return found
+
+    def _known_blocks(self, began: float, now: float) -> list[Block]:
         found = [block for block in tuple(self.recent) if block.ended > began]
         held, beat = self._held, self._beat
         if held is None or beat is None or (found and found[-1].began == held.began):
@@ -155,15 +188,21 @@ class Watchdog(threading.Thread):
         suspect = now - beat.due >= self._suspicious
         marker = self._marker
         look = self._sample(waited) if suspect or waited >= self._long_turn else None
+        cpu = None if look is None else pulse.cpu()
+        if look is not None:
+            self._latest = (beat, look.sample)
+        call = None if look is None else pulse.thread.system_call()
         looked = time.monotonic()
         running = pulse.loop.is_running()
         if not running or (self._stopped and self._held is not None):
             look = None  # the step has gone on to stop us
         over = pulse.ended[0].beat if pulse.ended else None
-        same = look is not None and self._held is not None and self._held.is_found_by(look, marker)
+        same = look is not None and self._held is not None and self._held.is_found_by(look, marker, cpu)
         kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
         if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
-            self._note(beat, look, same, now, looked, kept)
+            self._note(beat, look, same, now, looked, kept, cpu, call)
+            if self._file_calls.lasts(call, same, looked) and self._on_file_call is not None and not look.ours:
+                self._on_file_call(look, pulse.ident)
         while pulse.ended:
             finished = pulse.ended[0]
             self._finish(finished)
@@ -225,7 +264,17 @@ class Watchdog(threading.Thread):
         self._late += kept
         return kept
 
-    def _note(self, beat: Beat, look: Look, same: bool, now: float, looked: float, kept: float) -> None:
+    def _note(
+        self,
+        beat: Beat,
+        look: Look,
+        same: bool,
+        now: float,
+        looked: float,
+        kept: float,
+        cpu: float | None,
+        call: str | None,
+    ) -> None:
         """Keep a look at what may become a block."""
         held = self._held
         clocks = self.pulse.clocks(time.monotonic())
@@ -244,14 +293,13 @@ class Watchdog(threading.Thread):
         if held is not self._held:
             self._forget()
         self._beat, self._held = beat, held
-        held.seen(look.sample, first, now)
+        held.seen(look.sample, first, now, cpu)
         held.late += kept
         self._looks += 1
         self._mark()
-        number = self.pulse.thread.system_call()
-        if number is not None and procfs.FUTEX is not None:
-            held.waits_for_lock = bool(held.waits_for_lock) or number == procfs.FUTEX
-        held.clocked(self.pulse.clocks(time.monotonic()), number == "running", self._lack)
+        if call is not None and call != RUNNING and procfs.FUTEX is not None:
+            held.waits_for_lock = bool(held.waits_for_lock) or call.partition(" ")[0] == procfs.FUTEX
+        held.clocked(self.pulse.clocks(time.monotonic()), call == RUNNING, self._lack)
         self._loop_ready = held.at_last.ready
 
     # ------------------------------------------------------------------ judging
@@ -321,5 +369,5 @@ class Watchdog(threading.Thread):
         self._looks = self._steps = 0
         self._stretched = False
         self._judge.elsewhere = {}
-        self._beat = self._held = None
+        self._beat = self._held = self._latest = None
         self._lack_settled = self._lack

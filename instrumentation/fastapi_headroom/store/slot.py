@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import stat
 import struct
 import sys
 from dataclasses import dataclass
+from json import dumps, loads  # by name, see layout
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Slot:
 
     def record(self, fingerprint: str) -> None:
         """Note in the lock file whose files these are now. Raises OSError when the disk is full."""
-        text = json.dumps({"fingerprint": fingerprint, "pid": os.getpid()})
+        text = dumps({"fingerprint": fingerprint, "pid": os.getpid()})
         # Always the same length, so that a restart on a full disk overwrites what is there and needs no space.
         os.pwrite(self.fd, text.ljust(_RECORD_SIZE).encode(), 0)
         self.fingerprint = fingerprint
@@ -226,7 +226,7 @@ def _read_record(fd: int) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        record = json.loads(text)
+        record = loads(text)
     except ValueError:
         record = None
     # A record that cannot be read still says that somebody was here.
