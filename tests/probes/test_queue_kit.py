@@ -128,6 +128,8 @@ def test_delayed_jobs_are_no_backlog(subject: Subject) -> None:
     subject.publish_later(3600)
     values = polled.values()
     assert (values[DELAYED], values[DEPTH], values[AGE]) == (1.0, 0.0, 0.0)
+    if not subject.tells_due:
+        return
     subject.publish_later(-30)
     values = polled.values()
     assert (values[DELAYED], values[DEPTH]) == (1.0, 1.0)

@@ -15,6 +15,7 @@ import rq
 from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
+from tests.support.dramatiq_subjects import DramatiqOnRabbitMQ, DramatiqOnRedis
 from tests.support.queue_kit import PYTHON, Subject
 from tests.support.queue_redis import OnRedis
 
@@ -188,7 +189,9 @@ def disconnect() -> None:
     kombu.pools.reset()
 
 
-SUBJECTS: tuple[type[Subject], ...] = (RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ)
+SUBJECTS: tuple[type[Subject], ...] = (
+    RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
+)  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq
 
