@@ -77,7 +77,7 @@ def init_worker(
 ) -> Handle:
     """Measure the processes of a job worker: each process that runs jobs claims a slot of its own.
 
-    ``app`` is the Celery application or the Dramatiq broker. Call it in the module that the worker
+    ``app`` is the Celery application, or the Dramatiq or TaskIQ broker. Call it in the module that the worker
     imports; a web app may import that too, there it does nothing. Without an app (RQ, arq, or a
     script) this process is measured from now on; an RQ worker measures for the work-horses that it forks.
     """

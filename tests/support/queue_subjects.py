@@ -18,6 +18,7 @@ from tests.support import celery_app, queue_jobs
 from tests.support.dramatiq_subjects import DramatiqOnRabbitMQ, DramatiqOnRedis
 from tests.support.queue_kit import PYTHON, Subject
 from tests.support.queue_redis import OnRedis
+from tests.support.taskiq_subjects import TaskiqList, TaskiqOnRabbitMQ, TaskiqStream
 
 DEPTH, AGE = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE
 BUSY, CONSUMERS = catalog.QUEUE_IN_PROGRESS, catalog.QUEUE_CONSUMERS
@@ -191,6 +192,7 @@ def disconnect() -> None:
 
 SUBJECTS: tuple[type[Subject], ...] = (
     RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
+    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ,
 )  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq

@@ -19,14 +19,20 @@ _MARK: Final = "_headroom_worker"
 def install(app: Any, bind: Callable[[], None], shutdown: Callable[[], None]) -> None:
     """Call ``bind`` in each process that runs jobs of ``app``, and ``shutdown`` when it ends.
 
-    ``app`` is a Celery application or a Dramatiq broker. A second call for the same app replaces the first one's.
+    ``app`` is a Celery application, a Dramatiq or a TaskIQ broker. A second call for it replaces the first one's.
     Raises ImportError when the library is not installed.
     """
-    broker = getattr(sys.modules.get("dramatiq.broker"), "Broker", None)
-    if broker is not None and isinstance(app, broker):
+    if _is(app, "dramatiq.broker", "Broker"):
         _install_dramatiq(app, bind, shutdown)
+    elif _is(app, "taskiq.abc.broker", "AsyncBroker"):
+        _install_taskiq(app, bind, shutdown)
     else:
         install_celery(bind, shutdown)
+
+
+def _is(app: Any, module: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(app, kind)
 
 
 def _install_dramatiq(broker: Any, bind: Callable[[], None], shutdown: Callable[[], None]) -> None:
@@ -51,3 +57,19 @@ def _install_dramatiq(broker: Any, bind: Callable[[], None], shutdown: Callable[
             self.shutdown()
 
     broker.add_middleware(HeadroomWorker())
+
+
+def _install_taskiq(broker: Any, bind: Callable[[], None], shutdown: Callable[[], None]) -> None:
+    from taskiq.events import TaskiqEvents
+
+    def begin(_: Any) -> None:
+        bind()
+
+    def end(_: Any) -> None:
+        shutdown()
+
+    for event, handler in ((TaskiqEvents.WORKER_STARTUP, begin), (TaskiqEvents.WORKER_SHUTDOWN, end)):
+        setattr(handler, _MARK, True)
+        handlers = broker.event_handlers[event]
+        handlers[:] = [known for known in handlers if not hasattr(known, _MARK)]
+        handlers.append(handler)

@@ -15,6 +15,8 @@ from fastapi_headroom.probes.queue_adapters.dramatiq_rabbitmq import DramatiqRab
 from fastapi_headroom.probes.queue_adapters.redis_lists import RedisListPoller
 from fastapi_headroom.probes.queue_adapters.redis_streams import RedisStreamPoller
 from fastapi_headroom.probes.queue_adapters.rq import RQPoller
+from fastapi_headroom.probes.queue_adapters.taskiq import TaskiqRedisPoller
+from fastapi_headroom.probes.queue_adapters.taskiq_rabbitmq import TaskiqRabbitMQPoller
 
 __all__ = ["Poller", "Sample", "poller_for"]
 
@@ -36,6 +38,10 @@ _BY_SCHEME: dict[str, _Kind] = {
     "dramatiq+rediss": DramatiqRedisPoller,
     "dramatiq+amqp": DramatiqRabbitMQPoller,
     "dramatiq+amqps": DramatiqRabbitMQPoller,
+    "taskiq+redis": TaskiqRedisPoller,
+    "taskiq+rediss": TaskiqRedisPoller,
+    "taskiq+amqp": TaskiqRabbitMQPoller,
+    "taskiq+amqps": TaskiqRabbitMQPoller,
     "stream+redis": RedisStreamPoller,
     "stream+rediss": RedisStreamPoller,
     "list+redis": RedisListPoller,

@@ -7,29 +7,30 @@ a worker fetches it and waits for its time; it is not seen then.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Self
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.queue_adapters.base import Sample
 from fastapi_headroom.probes.queue_adapters.rabbitmq_link import ALL, SYSTEM, RabbitMQLink, parse_amqp
 from fastapi_headroom.probes.queue_adapters.url import QueueURL
 
-EXAMPLE: Final = "celery+amqp://user:password@host:5672/vhost?queues=mail,reports"
-
 
 class CeleryRabbitMQPoller:
     """Reads ready messages and consumers of queues."""
+
+    example: ClassVar[str] = "celery+amqp://user:password@host:5672/vhost?queues=mail,reports"
+    extra: ClassVar[str] = "celery"
 
     def __init__(self, url: QueueURL) -> None:
         """Prepare to poll the queues of ``url`` (no connection is made yet)."""
         self.name = url.name
         self._queues = url.queues
-        self._link = RabbitMQLink(url, "celery")
+        self._link = RabbitMQLink(url, self.extra)
 
     @classmethod
-    def from_url(cls, url: str) -> CeleryRabbitMQPoller:
+    def from_url(cls, url: str) -> Self:
         """Return the poller for ``celery+amqp[s]://user:password@host:port/vhost?queues=a,b``."""
-        return cls(parse_amqp(url, EXAMPLE))
+        return cls(parse_amqp(url, cls.example))
 
     def poll(self) -> list[Sample]:
         """Return depth and consumers per queue; one that does not exist has none.

@@ -16,6 +16,7 @@ was first seen as the oldest. Publishers send heartbeats like workers, so consum
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -23,12 +24,12 @@ from typing import Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.queue_adapters.base import Sample
+from fastapi_headroom.probes.queue_adapters.oldest import OldestAges
 from fastapi_headroom.probes.queue_adapters.redis_link import ALL, PORT, SYSTEM, Command, RedisLink
+from fastapi_headroom.probes.queue_adapters.times import READY_AT
 from fastapi_headroom.probes.queue_adapters.url import QueueURL, parse_named
 
 EXAMPLE: Final = "dramatiq+redis://host:6379/0?queues=default,mail"
-READY_AT: Final = "headroom_ready_at"
-"""Option of a message: since when it could be run, in seconds since 1970."""
 NAMESPACE: Final = "dramatiq"
 _TAIL = 65_536
 """Bytes at a message's end that are searched: options and timestamps come after the arguments."""
@@ -45,7 +46,7 @@ class DramatiqRedisPoller:
         self._queues = url.queues
         self._prefix = url.parameters.get("namespace") or NAMESPACE
         self._link = RedisLink(url, EXAMPLE)
-        self._first_seen: dict[str, tuple[bytes, float]] = {}
+        self._oldest = OldestAges()
 
     @classmethod
     def from_url(cls, url: str) -> DramatiqRedisPoller:
@@ -74,12 +75,14 @@ class DramatiqRedisPoller:
         samples: list[Sample] = []
         for queue, (ready, _, kept, delayed, dead) in zip(self._queues, states, strict=True):
             labels = (SYSTEM, queue, ALL)
+            first, message = oldest.get(queue, (None, None))
+            age = self._oldest.of(queue, first, functools.partial(ready_since, message), now)
             samples += [
                 (catalog.QUEUE_DEPTH, labels, float(ready)),
                 (catalog.QUEUE_IN_PROGRESS, labels, float(max(0, kept - ready))),
                 (catalog.QUEUE_DELAYED, labels, float(delayed)),
                 (catalog.QUEUE_FAILED, labels, float(dead)),
-                (catalog.QUEUE_OLDEST_AGE, labels, self._age(queue, oldest.get(queue), now)),
+                (catalog.QUEUE_OLDEST_AGE, labels, age),
             ]
         return samples
 
@@ -87,26 +90,15 @@ class DramatiqRedisPoller:
         """Close the connection."""
         self._link.close()
 
-    def _age(self, queue: str, oldest: tuple[bytes, bytes | None] | None, now: float) -> float:
-        """Return how long the oldest message of a queue has been ready, in seconds."""
-        if oldest is None:
-            self._first_seen.pop(queue, None)
-            return 0.0
-        identity, message = oldest
-        seen, ready = self._first_seen.get(queue, (b"", now))
-        if seen != identity:
-            told = None if message is None else ready_since(message)
-            ready = now if told is None else told
-            self._first_seen[queue] = (identity, ready)
-        return max(0.0, now - ready)
 
-
-def ready_since(message: bytes) -> float | None:
+def ready_since(message: bytes | None) -> float | None:
     """Return since when a message could have been run (seconds since 1970), None where it does not tell.
 
     A large one is searched and not read: the last one of a name is the library's, for options come after the
     arguments and the message's own time at the end.
     """
+    if message is None:
+        return None
     if len(message) > _TAIL:
         tail = message[-_TAIL:]
         headers, stamps = _READY.findall(tail)[-1:], _STAMPS.findall(tail)[-2:]

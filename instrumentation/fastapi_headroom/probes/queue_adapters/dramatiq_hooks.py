@@ -28,9 +28,9 @@ from dramatiq.worker import ConsumerThread, WorkerThread
 
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters.dramatiq import READY_AT
 from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
 from fastapi_headroom.probes.queue_adapters.runs import Run, Runs, error_name
+from fastapi_headroom.probes.queue_adapters.times import READY_AT
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 
