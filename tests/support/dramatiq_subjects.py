@@ -10,6 +10,7 @@ from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import dramatiq_app
 from tests.support.queue_kit import PYTHON
+from tests.support.queue_rabbitmq import remove_queues
 from tests.support.queue_redis import OnRedis
 
 DEPTH, AGE, FAILED = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_FAILED
@@ -88,10 +89,10 @@ class DramatiqOnRabbitMQ(DramatiqOnRedis):
     sees = frozenset({DEPTH, CONSUMERS, FAILED})
 
     def start(self) -> None:
-        """Declare the queues as Dramatiq does, and empty them."""
+        """Let Dramatiq declare the queues anew."""
+        remove_queues(self.server.port, "mail", "mail.DQ", "mail.XQ")
         self.connect()
         self.library.declare_queue("mail", ensure=True)  # type: ignore[call-arg]
-        self.purge()
 
     def forget(self) -> None:
         """Drop the connection: a closed one is not opened again."""

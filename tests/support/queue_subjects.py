@@ -17,6 +17,7 @@ from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
 from tests.support.dramatiq_subjects import DramatiqOnRabbitMQ, DramatiqOnRedis
 from tests.support.queue_kit import PYTHON, Subject
+from tests.support.queue_rabbitmq import remove_queues
 from tests.support.queue_redis import OnRedis
 from tests.support.taskiq_subjects import TaskiqList, TaskiqOnRabbitMQ, TaskiqStream
 
@@ -162,14 +163,14 @@ class CeleryOnRabbitMQ(CeleryOnRedis):
     sees = frozenset({DEPTH, CONSUMERS})
 
     def start(self) -> None:
-        """Declare the queue as Celery does, and empty it."""
+        """Declare the queue anew as Celery does."""
+        remove_queues(self.server.port, "mail")
         connect(self.server.url)  # type: ignore[attr-defined]
         with amqp.Connection(f"127.0.0.1:{self.server.port}") as connection:
             channel = connection.channel()
             channel.exchange_declare("mail", "direct", durable=True, auto_delete=False)
             channel.queue_declare("mail", durable=True, auto_delete=False)
             channel.queue_bind("mail", "mail", "mail")
-            channel.queue_purge("mail")
 
     def truth(self) -> int:
         """Ask Celery's own connection."""

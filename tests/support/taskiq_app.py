@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Annotated
 
 from taskiq import AsyncBroker, Context, SimpleRetryMiddleware, TaskiqDepends
 from taskiq_aio_pika import AioPikaBroker, Queue
@@ -53,7 +54,7 @@ async def sleep(seconds: float) -> None:
 
 
 @broker.task("once_more")
-async def once_more(context: Context = TaskiqDepends()) -> None:
+async def once_more(context: Annotated[Context, TaskiqDepends()]) -> None:
     """Ask to be put back once."""
     if "X-Taskiq-requeue" not in context.message.labels:
         await context.requeue()

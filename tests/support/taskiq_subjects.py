@@ -13,6 +13,7 @@ from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import taskiq_app
 from tests.support.queue_kit import PYTHON
+from tests.support.queue_rabbitmq import remove_queues
 from tests.support.queue_redis import OnRedis
 
 DEPTH, AGE = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE
@@ -99,12 +100,12 @@ class TaskiqOnRabbitMQ(TaskiqList):
     sees = frozenset({DEPTH, CONSUMERS})
 
     def start(self) -> None:
-        """Let TaskIQ declare the queue, and empty it."""
+        """Let TaskIQ declare the queue anew."""
+        remove_queues(self.server.port, "mail", "taskiq.dead_letter")
 
         async def nothing(_: AsyncBroker) -> None: ...
 
         self.with_broker(nothing)
-        self.purge()
 
     def truth(self) -> int:
         """Ask over a connection of its own."""
