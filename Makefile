@@ -32,7 +32,10 @@ demo: $(VENV)/.ready ## run the shop with everything around it; DURATION=120 FAU
 
 test: $(VENV)/.ready ## run the tests, with real servers
 	@$(BIN)/python -m demo_app servers
-	@$(BIN)/python -m pytest -m "not soak"
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not soak and not alone" -n 3 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m "alone and not soak" || failed=1; \
+	exit $$failed
 
 soak: $(VENV)/.ready ## run the long proofs
 	@$(BIN)/python -m demo_app servers

@@ -23,6 +23,8 @@ class Fault:
     name: str
     what: str
     alerts: tuple[str, ...]
+    beside: tuple[str, ...] | None = None
+    """Alerts of the same severity that may come as well; any other one fails the drill. None: that is not watched."""
     stops: str = ""
     """The part of the stack that is stopped while the fault is on: whoever runs the stack does it."""
 
@@ -76,6 +78,20 @@ FAULTS = {
             "queue_backlog",
             "campaigns send far too many mails, and each takes a worker half a second",
             ("HeadroomQueueTooOld",),
+            beside=("HeadroomQueueNotDraining",),
+        ),
+        Fault(
+            "dead_consumer",
+            "the Celery worker is gone, and started again when the fault is healed",
+            ("HeadroomQueueNoConsumers",),
+            beside=(),
+            stops="worker",
+        ),
+        Fault(
+            "poison_task",
+            "one mail in three is refused for good, and each of them is tried four times",
+            ("HeadroomJobFailures",),
+            beside=(),
         ),
         Fault("error_burst", "every second request for users and their posts raises", ("HeadroomErrorBudgetBurn",)),
     )

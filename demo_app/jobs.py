@@ -46,11 +46,17 @@ def job_engine() -> Engine:
     return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
 
 
-@celery.task(name="shop.send_mail")
+class RefusedError(Exception):
+    """The mail server takes no mail for this address, now or ever."""
+
+
+@celery.task(name="shop.send_mail", autoretry_for=(RefusedError,), max_retries=3, default_retry_delay=1)
 def send_mail(key: str, recipient_id: int, subject: str) -> bool:
     """Send a mail unless the one with this key was sent before; return whether it was sent now."""
     if strikes("queue_backlog"):
         time.sleep(0.5)
+    if recipient_id % 3 == 0 and strikes("poison_task"):
+        raise RefusedError(f"recipient {recipient_id}")
     statement = insert(Mail).values(key=key, recipient_id=recipient_id, subject=subject)
     with job_engine().begin() as connection:
         sent = connection.execute(statement.on_conflict_do_nothing(index_elements=["key"]).returning(Mail.id))

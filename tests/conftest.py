@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
+from demo_app.stack.mariadb import MariaDB
 from demo_app.stack.servers import Postgres, Redis
+
+hypothesis.settings.register_profile("whatever the machine", deadline=None)
+hypothesis.settings.load_profile("whatever the machine")
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +27,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     """A real Redis on a free port."""
     base = tmp_path_factory.mktemp("servers")
     with Redis(base / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    """A real MariaDB on a free port."""
+    base = tmp_path_factory.mktemp("servers")
+    with MariaDB(base / "mariadb") as server:
         yield server

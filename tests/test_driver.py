@@ -25,6 +25,8 @@ from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
 from tests.support.driven import LOOPS, VARIABLE, Alike
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(params=list(LOOPS))
 def alike(request: pytest.FixtureRequest) -> Alike:

@@ -26,6 +26,8 @@ from fastapi_headroom.testing import assert_no_blocking
 from tests.probes.loops import RUNS, Run, robbed_during
 from tests.support.measured import busy
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 HERE = __name__
 DOCUMENT = {str(number): list(range(20)) for number in range(150_000)}

@@ -24,6 +24,8 @@ from demo_app.stack.servers import Postgres
 from demo_app.stack.servers import Redis as RedisServer
 from fastapi_headroom.sockets import awaited_by, seconds_since_data
 
+pytestmark = pytest.mark.alone
+
 Step = Callable[[], Coroutine[Any, Any, Any]]
 SLOW = "select pg_sleep(0.03)"
 

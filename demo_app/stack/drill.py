@@ -28,7 +28,8 @@ class Drill:
         """Run for the duration; return whether all went as it should.
 
         With a fault: its alert was delivered to the inbox after the fault was switched on, and resolved after it
-        was switched off. The run is stretched for that, within bounds. Without: only the Watchdog arrived.
+        was switched off, and no other of its severity came but those that the fault lists. The run is stretched for
+        that, within bounds. Without: only the Watchdog arrived.
         """
         if fault is None:
             self._watch(lambda: False, self._duration)
@@ -52,7 +53,8 @@ class Drill:
             self._say(f"no {' or '.join(names)} arrived")
             return False
         self._watch(lambda: False, self._duration - (time.time() - self.begin))
-        return self._watch(lambda: self._over(names, switched_off), self._longest(RESOLUTION)) and not already
+        over = self._watch(lambda: self._over(names, switched_off), self._longest(RESOLUTION))
+        return over and not already and not self._others(fault, switched_on)
 
     def report(self) -> str:
         """Return the table of what arrived, with seconds since the beginning."""
@@ -93,6 +95,18 @@ class Drill:
 
     def _since(self, names: tuple[str, ...], moment: float) -> list[dict[str, Any]]:
         return [alert for alert in self._alerts(names) if alert["arrived"] > moment]
+
+    def _others(self, fault: str, moment: float) -> bool:
+        """Return whether alerts came that this fault should not bring, and tell them."""
+        names, beside = FAULTS[fault].alerts, FAULTS[fault].beside
+        if beside is None:
+            return False
+        severities = {alert["severity"] for alert in self._since(names, moment)}
+        came = [alert for alert in self._stack.received() if alert["arrived"] > moment]
+        others = {it["name"] for it in came if it["severity"] in severities} - {*names, *beside, WATCHDOG}
+        for name in sorted(others):
+            self._say(f"{name} came as well, and {fault} should not bring it")
+        return bool(others)
 
     def _over(self, names: tuple[str, ...], moment: float) -> bool:
         ends = [alert["resolved"] for alert in self._alerts(names)]

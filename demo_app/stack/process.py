@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -43,6 +45,15 @@ def greets(port: int, hello: bytes) -> bool:
             connection.sendall(hello)
             return bool(connection.recv(1))
     except OSError:
+        return False
+
+
+def answers(url: str) -> bool:
+    """Return whether a GET of the URL succeeds within a second."""
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except (OSError, http.client.HTTPException):
         return False
 
 

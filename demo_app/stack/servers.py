@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from demo_app.stack.process import Process, accepts, free_port, greets
+from demo_app.stack.process import Process, accepts, answers, free_port, greets
 
 PACKAGES = {
     "postgres": "postgresql",
@@ -22,7 +22,7 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
 }
 """Which Debian package brings which binary."""
-TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server"}
+TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server", "mariadbd": "mariadb-server-core"}
 """The same for what the tests start and the demo does not."""
 
 
@@ -38,7 +38,7 @@ def find(binary: str) -> Path:
     for place in (shutil.which(binary), f"/usr/sbin/{binary}", f"/usr/bin/{binary}"):
         if place and Path(place).exists():
             return Path(place)
-    package = PACKAGES.get(binary, "postgresql" if binary == "initdb" else binary)
+    package = (PACKAGES | TEST_PACKAGES).get(binary, "postgresql" if binary == "initdb" else binary)
     raise MissingBinaryError(f"{binary} is not installed: run `apt-get install {package}`")
 
 
@@ -214,6 +214,7 @@ class Prometheus(Server):
 
     def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
         super().__init__("prometheus", data, port)
+        self.ready = lambda: answers(f"{self.url}/-/ready")
         self.command = [
             str(find("prometheus")),
             f"--config.file={config}",
@@ -235,6 +236,7 @@ class Alertmanager(Server):
 
     def __init__(self, data: Path, config: Path, *, port: int | None = None) -> None:
         super().__init__("alertmanager", data, port)
+        self.ready = lambda: answers(f"{self.url}/-/ready")
         self.command = [
             str(find("prometheus-alertmanager")),
             f"--config.file={config}",

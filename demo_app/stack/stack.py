@@ -146,7 +146,8 @@ class Stack:
         command = ["-m", "fastapi_headroom.cli", "sidecar", "--dir", environment["HEADROOM_DIRECTORY"]]
         command += ["--port", str(port), "--queue", f"celery+{broker}?queues=mail,reports"]
         url = f"http://127.0.0.1:{port}"
-        environment = {**environment, "HEADROOM_EXPECTED_WORKERS": str(WORKERS + JOB_WORKERS)}
+        # Celery's main process has a slot beside its children.
+        environment = {**environment, "HEADROOM_EXPECTED_WORKERS": str(WORKERS + 1 + JOB_WORKERS)}
         sidecar = self._python("sidecar", command, environment, ready=lambda: answers(f"{url}/healthz"))
         self._begin(sidecar, "headroom sidecar")
         self.addresses["Sidecar"] = url

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastapi_headroom.probes.cache import cache_result
+    from fastapi_headroom.probes.cache import cache_invalidated, cache_result
     from fastapi_headroom.wiring import Handle, init, init_worker
 
-__all__ = ["Handle", "cache_result", "init", "init_worker"]
+__all__ = ["Handle", "cache_invalidated", "cache_result", "init", "init_worker"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +21,6 @@ def __getattr__(name: str) -> Any:
     from fastapi_headroom import wiring
     from fastapi_headroom.probes import cache
 
-    value = getattr(cache if name == "cache_result" else wiring, name)
+    value = getattr(cache if name.startswith("cache_") else wiring, name)
     globals()[name] = value
     return value

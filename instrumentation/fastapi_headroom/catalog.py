@@ -25,9 +25,12 @@ SIZES = (100.0, 1e3, 1e4, 1e5, 1e6, 1e7)
 HOLDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 OPERATIONS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 QUERY_COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+ROW_COUNTS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 QUEUE_WAITS = (*H14, 30.0, 60.0, 300.0, 1800.0)
 DEMANDS = tuple(float(n) for n in (*range(11), 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 500))
 """Bounds for numbers of connections: exact up to 10, then within a quarter."""
+AGES = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0, 86_400.0)
+"""Bounds for the ages of cache entries, in seconds: from a second to a day."""
 LIFETIMES = (1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 
 
@@ -155,6 +158,15 @@ LOOP_HOLD = _histogram(
 REQUEST_QUERIES = _histogram(
     "headroom_request_queries", "request", (_ROUTE,), "SQL statements per request.", QUERY_COUNTS, ""
 )
+REQUEST_ROWS = _histogram(
+    "headroom_request_rows",
+    "request",
+    (_ROUTE,),
+    "Rows that the statements of a request gave back. Only requests with a statement whose driver tells the number at "
+    "once: no server-side cursors, no SQLite.",
+    ROW_COUNTS,
+    "rows",
+)
 REQUEST_DISCONNECTS = _counter(
     "headroom_request_disconnects_total",
     "request",
@@ -221,6 +233,21 @@ POOL_OVERFLOW = _gauge(
 POOL_INVALIDATIONS = _counter(
     "headroom_pool_invalidations_total", "pool", (_POOL,), "Connections thrown away as broken.", "connections"
 )
+POOL_PING_FAILURES = _counter(
+    "headroom_pool_ping_failures_total",
+    "pool",
+    (_POOL,),
+    "Connections that failed the check before a checkout (pre-ping); they are among the invalidations.",
+    "connections",
+)
+POOL_RECYCLES = _counter(
+    "headroom_pool_recycles_total",
+    "pool",
+    (_POOL, "reason"),
+    "Connections that a checkout replaced in good order: for their age (pool_recycle), or as invalidated because they "
+    "were opened before the pool, or they, were declared invalid.",
+    "connections",
+)
 POOL_WAIT_BY_ROUTE = _counter(
     "headroom_pool_wait_seconds_total", "pool", (_POOL, _ROUTE), "Time waited for connections: the victims.", "seconds"
 )
@@ -239,6 +266,14 @@ POOL_LONG_HOLDS = _counter(
     "pool",
     (_POOL, _ROUTE),
     "Connections held longer than the threshold, leaked ones among them; the log names where they were checked out.",
+    "connections",
+)
+POOL_LEAKED = _gauge(
+    "headroom_pool_leaked_connections",
+    "pool",
+    (_POOL, _ROUTE),
+    "Connections held longer than the threshold, now, that nobody is left to give back: the task or thread that took "
+    "them has ended, so has its request, and no statement runs on them.",
     "connections",
 )
 REPEATED_STATEMENTS = _counter(
@@ -300,6 +335,14 @@ DATABASE_CONNECTIONS_MAX = _gauge(
     "connections",
     "livemax",
 )
+CONNECTION_BYTES = _gauge(
+    "headroom_database_connection_bytes",
+    "pool",
+    (_POOL,),
+    "Memory that an open connection takes on the database server: an estimate for the kind of server.",
+    "bytes",
+    "livemax",
+)
 DB_OPERATION_DURATION = _histogram(
     "db_client_operation_duration_seconds",
     "pool",
@@ -316,8 +359,110 @@ CACHE_REQUESTS = _counter(
     "Cache look-ups by result: hit, miss, stale or error. Keys are folded to patterns.",
     "requests",
 )
+CACHE_ENTRIES = _gauge(
+    "headroom_cache_entries",
+    "cache",
+    ("cache",),
+    "What a cache holds: entries, or what its own measure of size says; in-process caches summed over the workers.",
+    "entries",
+)
+CACHE_ENTRIES_LIMIT = _gauge(
+    "headroom_cache_entries_limit",
+    "cache",
+    ("cache",),
+    "What an in-process cache may hold, summed over the workers. No series where it may hold any number.",
+    "entries",
+)
+CACHE_LEVEL = _gauge(
+    "headroom_cache_level",
+    "cache",
+    ("cache", "level"),
+    "The level that a cache belongs to; the value is how many workers have it. Caches without it are servers.",
+)
+CACHE_EVICTIONS = _counter(
+    "headroom_cache_evictions_total",
+    "cache",
+    ("cache",),
+    "Entries thrown away to make room for others.",
+    "entries",
+)
+CACHE_EXPIRATIONS = _counter(
+    "headroom_cache_expirations_total",
+    "cache",
+    ("cache",),
+    "Entries of a cache server whose time to live was over.",
+    "entries",
+)
+CACHE_MEMORY = _gauge("headroom_cache_memory_bytes", "cache", ("cache",), "Memory that a cache server holds.", "bytes")
+CACHE_MEMORY_LIMIT = _gauge(
+    "headroom_cache_memory_limit_bytes",
+    "cache",
+    ("cache",),
+    "Memory that a cache server may hold; at the limit it evicts or refuses. No series where it has no limit.",
+    "bytes",
+)
+CACHE_CLIENTS = _gauge("headroom_cache_clients", "cache", ("cache",), "Connections to a cache server.", "connections")
+CACHE_CLIENTS_LIMIT = _gauge(
+    "headroom_cache_clients_limit", "cache", ("cache",), "Connections that a cache server accepts.", "connections"
+)
+CACHE_SERVER_LOOKUPS = _counter(
+    "headroom_cache_server_lookups_total",
+    "cache",
+    ("cache", "result"),
+    "Look-ups that a cache server counted itself, of all clients and databases: hit or miss.",
+    "requests",
+)
+CACHE_SERVER_INFO = _gauge(
+    "headroom_cache_server_info",
+    "cache",
+    ("cache", "server", "version", "eviction_policy"),
+    "1: what a cache server is, and what it does at its memory limit.",
+)
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
+)
+CACHE_ENTRY_AGE = _histogram(
+    "headroom_cache_entry_age_seconds",
+    "cache",
+    ("cache",),
+    "Age of entries when they were served: since this process wrote them with a time to live, or as the app says.",
+    AGES,
+)
+CACHE_CONCURRENT_FILLS = _gauge(
+    "headroom_cache_concurrent_fills",
+    "cache",
+    ("cache",),
+    "Misses of keys that somebody is filling already, now: the stampede. 0 when each missed key is filled once.",
+    "requests",
+)
+CACHE_DUPLICATE_FILLS = _counter(
+    "headroom_cache_duplicate_fills_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Misses that came while another request of the same worker was filling the same key.",
+    "requests",
+)
+CACHE_PAYLOAD = _histogram(
+    "headroom_cache_payload_bytes",
+    "cache",
+    ("cache", "direction"),
+    "Size of the values that were read and written: of one reply, or of the values of one command.",
+    SIZES,
+    "bytes",
+)
+CACHE_TIMEOUTS = _counter(
+    "headroom_cache_timeouts_total",
+    "cache",
+    ("cache",),
+    "Cache operations that gave up because the server did not answer in time; they are errors too.",
+    "timeouts",
+)
+CACHE_INVALIDATIONS = _counter(
+    "headroom_cache_invalidations_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Entries that the app threw away because what they hold had changed, as it says by cache_invalidated().",
+    "entries",
 )
 
 # --------------------------------------------------------------------- loop
@@ -399,9 +544,8 @@ QUEUE_CONSUMERS = _gauge(
     "headroom_queue_consumers",
     "queue",
     (_SYSTEM, _QUEUE, "priority"),
-    "Consumers that take jobs from the queue.",
+    "Consumers that take jobs from the queue: as the broker says, or else the workers that take from it.",
     "consumers",
-    "livemax",
 )
 QUEUE_OLDEST_AGE = _gauge(
     "headroom_queue_oldest_age_seconds",
@@ -436,6 +580,20 @@ BACKGROUND_TASKS = _gauge(
 )
 BACKGROUND_TASK_DURATION = _histogram(
     "headroom_background_task_duration_seconds", "queue", ("headroom_task",), "Run time of BackgroundTasks.", H14
+)
+BACKGROUND_TASK_WAIT = _histogram(
+    "headroom_background_task_wait_seconds",
+    "queue",
+    ("headroom_task",),
+    "Time from when a request made a BackgroundTask to its start: the rest of the request, and the tasks before it.",
+    QUEUE_WAITS,
+)
+BACKGROUND_TASK_FAILURES = _counter(
+    "headroom_background_task_failures_total",
+    "queue",
+    ("headroom_task",),
+    "BackgroundTasks that ended in an error; those of the same response that stood behind them never ran.",
+    "tasks",
 )
 
 # ------------------------------------------------------------------ runtime

@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
         help="queue to poll, such as celery+redis://localhost:6379/0?queues=mail; repeatable (HEADROOM_QUEUES)",
     )
     sidecar.add_argument(
+        "--cache",
+        dest="cache_servers",
+        action="append",
+        metavar="URL",
+        help="cache server to poll, such as redis://localhost:6379/0?name=main; repeatable (HEADROOM_CACHE_SERVERS)",
+    )
+    sidecar.add_argument(
         "--token-file",
         dest="exporter_token_file",
         type=Path,
@@ -88,6 +95,7 @@ def _sidecar(options: argparse.Namespace) -> int:
         "host",
         "port",
         "queues",
+        "cache_servers",
         "service_name",
         "exporter_token_file",
         "exporter_certificate_file",

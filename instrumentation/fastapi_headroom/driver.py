@@ -143,5 +143,23 @@ class Driven(Coroutine[Any, Any, Any]):
         return getattr(self._coroutine, name)
 
 
+class Begun(Driven):
+    """A coroutine whose first step has been run already: it goes on from where that step was suspended."""
+
+    __slots__ = ()
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], ledger: Ledger, awaited: Any) -> None:
+        """``awaited`` is what the first step was suspended with."""
+        self._coroutine = coroutine
+        self._ledger = ledger
+        self._send = awaited
+
+    def __next__(self) -> Any:
+        awaited: Any = self._send
+        self._send = self._coroutine.send
+        self.__class__ = Driven  # type: ignore[assignment]
+        return awaited
+
+
 async def _awaiting(awaitable: Any) -> Any:
     return await awaitable

@@ -55,7 +55,7 @@ class Ledger:
     """The ledger of one request, found by hooks in ``current``.
 
     ``route`` is the route's template, empty until the router has matched, and ``prefix`` the templates of the
-    mounts on the way there. ``queries`` and ``cache_calls`` are counted by the probes that see them. ``trace``
+    mounts on the way there. ``queries``, ``rows`` and ``cache_calls`` are counted by probes that see them. ``trace``
     belongs to tracing, ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to the pool probe.
     """
 
@@ -68,6 +68,7 @@ class Ledger:
         "prefix",
         "queries",
         "route",
+        "rows",
         "seconds",
         "shapes",
         "started",
@@ -83,6 +84,8 @@ class Ledger:
         self.route = ""
         self.prefix = ""
         self.queries = 0
+        self.rows = -1
+        """Rows that its statements gave back; below 0 while no driver has told a number."""
         self.cache_calls = 0
         self.texts: tuple[str, Any] | None = None
         self.shapes: dict[str, Any] | None = None
@@ -152,14 +155,18 @@ class Ledger:
 
     def finish(self, now: float) -> float:
         """Close the books at ``now`` and return the duration. What comes later (background tasks) does not count."""
+        seconds = self.seconds
         if self.stepping:
-            self.charge_step(now)
+            elapsed = now - self.mark
+            self.mark = now
+            seconds[ON_LOOP] += elapsed
+            if elapsed > self.longest_step:
+                self.longest_step = elapsed
         else:
             self.charge(now)
         self.finished = True
         in_flight.discard(self)
         duration = now - self.started
-        seconds = self.seconds
         rest = duration - (sum(seconds) - seconds[ACCEPT_QUEUE] if self.waited else seconds[ON_LOOP])
         seconds[OTHER] = rest if rest > 0.0 else 0.0
         return duration

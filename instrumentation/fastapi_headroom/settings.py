@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     queues: Words = ()
     """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``, ``celery+amqp``, ``rq+redis``,
     ``stream+redis``, ``list+redis``. Spaces or commas between; a comma inside the query string stays there."""
+    cache_servers: Words = ()
+    """Cache servers to poll for memory, evictions and look-ups, as URLs: ``redis://host:6379/0?name=main``, where
+    ``name`` is what the app calls this cache (default: ``host:port/db``). Spaces or commas between."""
     tracing: bool = True
     """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
     keep_fastapi_telemetry: bool = False
@@ -90,7 +93,7 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(word for word in re.split(r"[,\s]+", value) if word) if isinstance(value, str) else value
 
-    @field_validator("queues", mode="before")
+    @field_validator("queues", "cache_servers", mode="before")
     @classmethod
     def _split_urls(cls, value: Any) -> Any:
         if isinstance(value, str):

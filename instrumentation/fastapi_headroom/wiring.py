@@ -21,6 +21,7 @@ from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.own_io import own_io
 from fastapi_headroom.probes.base import Probe
 from fastapi_headroom.probes.cache import CacheProbe
+from fastapi_headroom.probes.caches.probe import LocalCachesProbe
 from fastapi_headroom.probes.http_client import HttpClientProbe
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.pool import PoolProbe
@@ -49,8 +50,8 @@ def init(
     """Measure an app; return a handle whose ``shutdown()`` undoes it.
 
     FastAPI and Starlette apps are measured in place. Another ASGI callable is measured through the handle:
-    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines, pools and Redis clients names of your own;
-    all others are found and named by themselves. ``settings`` are the fields of
+    ``app = headroom.init(app)``. ``pools`` and ``caches`` give engines, pools, Redis clients and caches in the process
+    names of your own; all others are found and named by themselves. ``settings`` are the fields of
     :class:`~fastapi_headroom.settings.Settings`. A second ``init`` of the same app returns the same handle.
 
     Raises NotASGIError when ``app`` is not callable and SettingsError for a wrong argument.
@@ -158,11 +159,13 @@ class Runtime:
         self.pool = PoolProbe(settings)
         self.other_pools = OtherPoolsProbe()
         self.cache = CacheProbe(settings)
+        self.local_caches = LocalCachesProbe()
         self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
             self.pool,
             self.other_pools,
             self.cache,
+            self.local_caches,
             HttpClientProbe(),
             self.loop,
             QueueProbe(settings),
@@ -178,9 +181,9 @@ class Runtime:
         self.unwatch = watch_redirect(self._redirected)
 
     def name(self, pools: Mapping[str, Any], caches: Mapping[str, Any]) -> None:
-        """Give engines, pools and cache clients the names that the user chose."""
+        """Give engines, pools and caches the names that the user chose."""
         self.pool.name_engines(self.other_pools.name_pools(pools))
-        self.cache.name_clients(caches)
+        self.cache.name_clients(self.local_caches.name_caches(caches))
 
     def first_serve(self, kind: str = "worker") -> None:
         """Claim a slot, bind the probes and start the threads; once per process. Never raises.

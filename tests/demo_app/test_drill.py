@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from demo_app.faults import Switches
+from demo_app.faults import FAULTS, Switches
 from demo_app.inbox import Inbox
 from demo_app.stack.drill import Drill
 
@@ -92,6 +92,16 @@ def test_anything_else_fails(tmp_path: Path, on: list[str], off: list[str], befo
     stack = ScriptedStack(tmp_path, on=on, off=off, before=before)
     assert not drill(stack, "loop_block")[0]
     assert stack.switches.all_on() == frozenset()
+
+
+@pytest.mark.parametrize(("beside", "passed"), [((), False), (("HeadroomEventLoopLag",), True), (None, True)])
+def test_an_alert_of_the_same_severity_must_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: tuple[str, ...] | None, passed: bool
+) -> None:
+    """An alert that the fault should not bring fails the drill, unless it is listed or nobody watches."""
+    monkeypatch.setitem(FAULTS, "loop_block", replace(FAULTS["loop_block"], beside=beside))
+    stack = ScriptedStack(tmp_path, on=[BLOCKED, "HeadroomEventLoopLag"], off=[BLOCKED])
+    assert drill(stack, "loop_block")[0] is passed
 
 
 def test_an_alert_that_resolves_while_the_fault_lasts_fails(tmp_path: Path) -> None:

@@ -57,5 +57,5 @@ def test_each_fault_names_alerts_that_are_shipped() -> None:
     rules = "".join(path.read_text() for path in (Path(__file__).parents[2] / "alerts").glob("*.rules.yml"))
     for fault in FAULTS.values():
         assert fault.alerts
-        for alert in fault.alerts:
+        for alert in (*fault.alerts, *(fault.beside or ())):
             assert f"alert: {alert}\n" in rules

@@ -105,3 +105,20 @@ def test_a_directory_that_is_not_there_is_an_empty_store(tmp_path: Path) -> None
     """The exporter's own rows are there before the first worker is."""
     seen = values(Collector(Reader(tmp_path / "later")).collect())
     assert seen == {"headroom_workers alive": 0.0, "headroom_slots_unreadable": 0.0, "headroom_series": 3.0}
+
+
+def test_consumers_that_workers_tell_stand_beside_those_that_are_polled(tmp_path: Path) -> None:
+    """A broker's word on one queue hides nothing that workers say of another; of the same queue the broker's counts."""
+    writer = Writer.open(tmp_path)
+    writer.gauge(catalog.QUEUE_CONSUMERS, "redis", "mail", "_all").set(1.0)
+    writer.gauge(catalog.QUEUE_CONSUMERS, "rabbitmq", "reports", "_all").set(1.0)
+    broker = Broker((catalog.QUEUE_CONSUMERS, ("rabbitmq", "reports", "_all"), 4.0))
+    queue = polled(broker)
+    seen = values(Collector(Reader(tmp_path), queues=[queue]).collect())
+    queue.stop()
+    consumers = {name: value for name, value in seen.items() if name.startswith(catalog.QUEUE_CONSUMERS.name)}
+    # label values in the order of the labels' names
+    assert consumers == {
+        "headroom_queue_consumers mail redis _all": 1.0,
+        "headroom_queue_consumers reports rabbitmq _all": 4.0,
+    }

@@ -18,6 +18,8 @@ from demo_app.stack.rules import write_scaled
 from demo_app.stack.servers import Alertmanager, Prometheus
 from tests.support.serving import ROOT, Serving, serve
 
+pytestmark = pytest.mark.alone
+
 FACTOR = 60.0
 
 

@@ -24,6 +24,8 @@ from tests.exporter.certificates import make_pair
 from tests.support.scrape import Scrape, scrape, scrape_until
 from tests.support.serving import Serving, serve
 
+pytestmark = pytest.mark.alone
+
 REPEATS = 3
 """Measurements whose median counts."""
 ATTEMPTS = 4

@@ -18,6 +18,8 @@ from fastapi_headroom.store.reader import Reader
 from tests.support.serving import serve
 from tests.support.survival import APP, children_of, counted, kill_workers_at_random
 
+pytestmark = pytest.mark.alone
+
 FILES = 5
 """Files that a worker of the app may have at most: counter, histogram, gauges by mode, and the lock."""
 
@@ -45,7 +47,8 @@ def test_workers_killed_at_random_lose_no_answered_request() -> None:
         assert kills >= 5
         assert clients.answered > 200
         assert clients.answered <= counted(server.directory) <= clients.asked
-        assert slots(server.directory) == ["slot0.lock", "slot1.lock", "slot2.lock"]
+        taken = slots(server.directory)  # the lowest free ones, never more than workers: a busy machine starts fewer
+        assert taken and taken == ["slot0.lock", "slot1.lock", "slot2.lock"][: len(taken)]
         assert set(clients.statuses) == {200}
 
 
@@ -77,17 +80,19 @@ def test_a_reloaded_app_goes_on_in_its_slot(tmp_path: Path) -> None:
     options = ("--reload", "--reload-dir", str(tmp_path), "--app-dir", str(tmp_path))
     with serve("uvicorn", "reloaded_app:app", options=options) as server:
         first = json.loads(server.get("/ping"))["pid"]
-        pids, total = {first}, 1
+        pids, total, unanswered = {first}, 1, 0
         for change in range(2):
             module.write_text(module.read_text() + f"# change {change}\n")
             known, deadline = len(pids), time.monotonic() + 20
             while len(pids) == known and time.monotonic() < deadline:
                 time.sleep(0.02)
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    pids.add(json.loads(server.get("/ping", timeout=2))["pid"])
+                try:
+                    pids.add(json.loads(server.get("/ping", timeout=10))["pid"])
                     total += 1
+                except (OSError, http.client.HTTPException):
+                    unanswered += 1  # served or not: nobody knows
             assert len(pids) == known + 1, server.log()
-        assert counted(server.directory) == total
+        assert total <= counted(server.directory) <= total + unanswered
         assert slots(server.directory) == ["slot0.lock"]
 
 

@@ -20,6 +20,8 @@ from tests.support.scrape import Scrape, scrape, scrape_until
 from tests.support.serving import Serving, serve
 from tests.support.survival import APP, OK, Clients, Disk, counted, disk, scrape_timed, sidecar
 
+pytestmark = pytest.mark.alone
+
 PAGES = 60
 
 

@@ -11,10 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from demo_app.stack.process import free_port
 from tests.support.scrape import scrape, scrape_until
 from tests.support.serving import Serving, serve
 from tests.support.survival import APP, OK, Clients, scrape_timed, sidecar
+
+pytestmark = pytest.mark.alone
 
 STALL_SECONDS = 5.0
 

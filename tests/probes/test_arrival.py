@@ -14,6 +14,8 @@ from fastapi_headroom.ledger import ACCEPT_QUEUE, Ledger
 from fastapi_headroom.probes import arrival
 from tests.support.measured import Measured
 
+pytestmark = pytest.mark.alone
+
 NOW = 1_800_000_000.0
 
 

@@ -45,6 +45,8 @@ from tests.support.measured import Measured, uvicorn_serving
 from tests.support.scrape import scrape_until
 from tests.support.serving import serve
 
+pytestmark = pytest.mark.alone
+
 CALLS = "headroom_blocking_calls_total"
 
 

@@ -19,6 +19,8 @@ from fastapi_headroom.testing import capture_metrics
 from tests.probes.loops import BLOCKS, DELAY, RUNS, Run, measured, total, until
 from tests.support.measured import Measured
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(params=list(RUNS))
 def run(request: pytest.FixtureRequest) -> Run:

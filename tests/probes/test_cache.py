@@ -16,7 +16,8 @@ from demo_app.stack.servers import Redis
 from fastapi_headroom import ledger
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import CACHE, Ledger
-from fastapi_headroom.probes.cache import MAX_KEYS, MAX_PATTERNS, CacheProbe, CacheSeries, cache_result
+from fastapi_headroom.probes.cache import CacheProbe, cache_result
+from fastapi_headroom.probes.cache_series import MAX_KEYS, MAX_PATTERNS, CacheSeries
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
@@ -238,7 +239,7 @@ def test_patterns_are_bounded(probe: CacheProbe, writer: Writer, sync_client: An
     letters = "abcdefghijklmnopqrstuvwxyz"
     for first in letters[:15]:
         for second in letters[:10]:
-            sync_client.get(f"k{first}{second}:77")
+            sync_client.get(f"k{first}:l{second}:77")
     found = results(writer)
     assert len(found) == MAX_PATTERNS + 1
     assert found["_OTHER", "miss"] == 150 - MAX_PATTERNS

@@ -17,6 +17,8 @@ from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.blocks import Block
 from tests.probes.loops import BLOCKS, RUNS, Run, measured, total, undisturbed, until
 
+pytestmark = pytest.mark.alone
+
 HERE = __name__
 Fault = Callable[[AsyncSession], Awaitable[None]]
 

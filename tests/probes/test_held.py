@@ -13,6 +13,8 @@ from fastapi_headroom.probes.held import SLACK, Held, Marker
 from fastapi_headroom.probes.lack import Lack
 from fastapi_headroom.probes.pulse import Beat, Clocks
 
+pytestmark = pytest.mark.alone
+
 SAMPLE = Sample("app:view:1", (1, 5, 40), in_call=True, waited=0.0, stack=())
 START = Clocks(at=10.0, cpu=0.0, ready=0.0, process=0.0, collecting=0.0)
 BEAT = Beat(START, due=10.016)

@@ -28,6 +28,8 @@ from tests.support.measured import Measured, busy, eventually, uvicorn_serving
 from tests.support.scrape import Scrape, scrape_until
 from tests.support.serving import serve
 
+pytestmark = pytest.mark.alone
+
 DURATION = "http_client_request_duration_seconds"
 LIBRARIES = pytest.mark.parametrize("library", ["httpx", "httpx-sync", "aiohttp", "requests"])
 

@@ -27,13 +27,10 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support.measured import Measured, eventually
 
+pytestmark = pytest.mark.alone
+
 THRESHOLD = 0.2
 HERE = __name__
-
-
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
 
 
 @pytest.fixture(autouse=True)

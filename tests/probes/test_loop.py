@@ -18,6 +18,8 @@ from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 from tests.probes.loops import DELAY, RUNS, Run, measured, until
 
+pytestmark = pytest.mark.alone
+
 UTILIZATION = "headroom_event_loop_utilization_ratio"
 
 

@@ -8,7 +8,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,22 +31,10 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 
+pytestmark = pytest.mark.alone
+
 POOL = "db_client_connection_pool_name"
 HOLD = 0.1
-
-
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
-
-
-@pytest.fixture
-def probe(writer: Writer) -> Iterator[PoolProbe]:
-    probe = PoolProbe(load({}))
-    probe.bind(writer)
-    yield probe
-    assert writer.value("headroom_probe_up", probe="pool") == 1.0
-    probe.close()
 
 
 @pytest.fixture
@@ -83,7 +71,9 @@ async def hold(engine: AsyncEngine, seconds: float = HOLD) -> None:
         await asyncio.sleep(seconds)
 
 
-async def test_waits_of_an_async_pool_equal_the_truth(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_waits_of_an_async_pool_equal_the_truth(
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
     """Six checkouts on two connections held 100 ms each wait 0 0 100 100 200 200 ms."""
     await warm(engine)
     before = value(writer, "db_client_connection_wait_time_seconds_sum")
@@ -98,7 +88,9 @@ async def test_waits_of_an_async_pool_equal_the_truth(probe: PoolProbe, writer: 
     assert value(writer, "headroom_pool_wait_seconds_total", http_route="_outside") == pytest.approx(waited + before)
 
 
-def test_waits_of_a_sync_pool_in_threads_equal_the_truth(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+def test_waits_of_a_sync_pool_in_threads_equal_the_truth(
+    pool_probe: PoolProbe, writer: Writer, postgres: Postgres
+) -> None:
     """Six threads on two psycopg connections held 100 ms each wait 600 ms together."""
     engine = create_engine(postgres.url(driver="psycopg"), pool_size=2, max_overflow=0, pool_logging_name="shop")
     first, second = engine.connect(), engine.connect()
@@ -119,29 +111,31 @@ def test_waits_of_a_sync_pool_in_threads_equal_the_truth(probe: PoolProbe, write
     waited = value(writer, "db_client_connection_wait_time_seconds_sum")
     assert waited == pytest.approx(6 * HOLD, abs=0.01 + 4 * late)
     assert value(writer, "db_client_connection_use_time_seconds_count") == 8
-    probe.sample()
+    pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
     engine.dispose()
 
 
-async def test_waiters_are_pending_until_they_get_one(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_waiters_are_pending_until_they_get_one(
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
     """The gauges show two used, none idle and three pending while the pool is exhausted, and the limits."""
     await warm(engine)
     tasks = [asyncio.create_task(hold(engine, 0.2)) for _ in range(5)]
     await asyncio.sleep(0.05)
-    await asyncio.to_thread(probe.sample)
+    await asyncio.to_thread(pool_probe.sample)
     assert (count(writer, "used"), count(writer, "idle")) == (2, 0)
     assert value(writer, "db_client_connection_pending_requests") == 3
     assert value(writer, "db_client_connection_max") == 2
     assert value(writer, "db_client_connection_idle_max") == 2
     assert value(writer, "headroom_pool_overflow") == 0
     await asyncio.gather(*tasks)
-    probe.sample()
+    pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
     assert value(writer, "db_client_connection_pending_requests") == 0
 
 
-async def test_exhausted_pool_counts_time_outs(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+async def test_exhausted_pool_counts_time_outs(pool_probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
     """A checkout that gives up after pool_timeout is one time-out, and its wait is in the histogram."""
     engine = create_async_engine(
         postgres.url(driver="asyncpg"), pool_size=1, max_overflow=0, pool_timeout=0.1, pool_logging_name="shop"
@@ -151,12 +145,12 @@ async def test_exhausted_pool_counts_time_outs(probe: PoolProbe, writer: Writer,
             await engine.connect()
     assert value(writer, "db_client_connection_timeouts_total") == 1
     assert value(writer, "db_client_connection_wait_time_seconds_sum") >= 0.1
-    probe.sample()
+    pool_probe.sample()
     assert value(writer, "db_client_connection_pending_requests") == 0
     await engine.dispose()
 
 
-async def test_making_a_connection_is_no_wait(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_making_a_connection_is_no_wait(pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
     """The first checkouts open connections: create time is recorded, and the wait stays near 0."""
     await warm(engine)
     assert value(writer, "db_client_connection_create_time_seconds_count") == 2
@@ -166,7 +160,7 @@ async def test_making_a_connection_is_no_wait(probe: PoolProbe, writer: Writer, 
 
 
 async def test_cancelled_waiters_leave_no_drift(
-    probe: PoolProbe, writer: Writer, engine: AsyncEngine, postgres: Postgres
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine, postgres: Postgres
 ) -> None:
     """After 500 random cancellations nobody is pending, and used and idle equal what the pool and the server say."""
     chance = random.Random(7)
@@ -185,17 +179,17 @@ async def test_cancelled_waiters_leave_no_drift(
     assert cancelled > 300
     pool: Any = engine.pool
     async with engine.connect() as connection:
-        probe.sample()
+        pool_probe.sample()
         assert value(writer, "db_client_connection_pending_requests") == 0
         assert count(writer, "used") == pool.checkedout() == 1
         assert count(writer, "idle") == pool.checkedin()
         mine = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
         assert (await connection.execute(text(mine))).scalar_one() == count(writer, "used") + count(writer, "idle")
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == 0
 
 
-async def test_routes_that_wait_and_hold_are_named(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_routes_that_wait_and_hold_are_named(pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
     """Wait is charged to the victim's route, hold and held-but-idle to the culprit's, and the ledger gets the wait."""
     await warm(engine)
 
@@ -270,56 +264,58 @@ async def test_named_pools_have_series_from_the_start(writer: Writer, engine: As
     probe.close()
 
 
-async def test_names_given_later_and_to_the_wrong_thing(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_names_given_later_and_to_the_wrong_thing(
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
     """A name given after the first checkouts counts from then on; what is no engine is refused with the remedy."""
     await warm(engine)
-    probe.name_engines({"primary": engine})
+    pool_probe.name_engines({"primary": engine})
     async with engine.connect():
-        probe.sample()
+        pool_probe.sample()
         assert (count(writer, "used", "primary"), count(writer, "used")) == (1, 0)
     assert value(writer, "db_client_connection_wait_time_seconds_count", "primary") == 1
     with pytest.raises(SettingsError, match="create_engine"):
-        probe.name_engines({"primary": "postgresql://localhost"})
+        pool_probe.name_engines({"primary": "postgresql://localhost"})
 
 
-async def test_dispose_and_recreation(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_dispose_and_recreation(pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
     """The pool that dispose() makes is measured at once, and what is still out of the old one stays counted."""
     await warm(engine)
     survivor = await engine.connect()
     await engine.dispose(close=False)
-    probe.sample()
+    pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (1, 0)
     assert value(writer, "db_client_connection_max") == 2
     async with engine.connect():
-        probe.sample()
+        pool_probe.sample()
         assert count(writer, "used") == 2
     await survivor.close()
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == 0
 
 
-async def test_overflow_and_detached_connections(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+async def test_overflow_and_detached_connections(pool_probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
     """Overflow counts beyond the size, and a detached connection is no longer held though it fires no checkin."""
     url = postgres.url(driver="asyncpg")
     engine = create_async_engine(url, pool_size=1, max_overflow=2, pool_logging_name="shop")
     first, second = await engine.connect(), await engine.connect()
-    probe.sample()
+    pool_probe.sample()
     assert value(writer, "headroom_pool_overflow") == 1
     assert value(writer, "db_client_connection_max") == 3
     raw = await second.get_raw_connection()
     raw.detach()
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == 1
     assert value(writer, "db_client_connection_use_time_seconds_count") == 1
     await second.close()
     await first.close()
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == 0
     assert value(writer, "db_client_connection_use_time_seconds_count") == 2
     await engine.dispose()
 
 
-async def test_broken_connections_are_counted(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+async def test_broken_connections_are_counted(pool_probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
     """A connection that the server closed is an invalidation, and its replacement is a creation."""
     url = postgres.url(driver="asyncpg")
     engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, pool_logging_name="shop")
@@ -335,22 +331,22 @@ async def test_broken_connections_are_counted(probe: PoolProbe, writer: Writer, 
     await engine.dispose()
 
 
-async def test_pools_without_a_limit_claim_none(probe: PoolProbe, writer: Writer) -> None:
+async def test_pools_without_a_limit_claim_none(pool_probe: PoolProbe, writer: Writer) -> None:
     """NullPool, StaticPool and SingletonThreadPool report use but neither limit nor wait nor idle."""
     null = create_async_engine("sqlite+aiosqlite://", poolclass=NullPool, pool_logging_name="null")
     async with null.connect() as connection:
         await connection.execute(text("select 1"))
-        probe.sample()
+        pool_probe.sample()
         assert count(writer, "used", "null") == 1
     static = create_engine("sqlite://", poolclass=StaticPool, pool_logging_name="static")
     with static.connect(), static.connect():
-        probe.sample()
+        pool_probe.sample()
         assert count(writer, "used", "static") == 1
     single = create_engine("sqlite://", poolclass=SingletonThreadPool, pool_logging_name="single")
     with single.connect(), single.connect():
-        probe.sample()
+        pool_probe.sample()
         assert count(writer, "used", "single") == 1
-    probe.sample()
+    pool_probe.sample()
     for name in ("null", "static", "single"):
         assert count(writer, "used", name) == 0
         assert value(writer, "db_client_connection_use_time_seconds_count", name) >= 1
@@ -360,18 +356,18 @@ async def test_pools_without_a_limit_claim_none(probe: PoolProbe, writer: Writer
 
 
 async def test_connections_that_are_never_closed_come_back(
-    probe: PoolProbe, writer: Writer, postgres: Postgres
+    pool_probe: PoolProbe, writer: Writer, postgres: Postgres
 ) -> None:
     """A connection dropped without close() ends its hold when the garbage collector finds it."""
     engine = create_engine(postgres.url(driver="psycopg"), pool_size=1, max_overflow=0, pool_logging_name="shop")
     engine.raw_connection()
-    probe.sample()
+    pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (0, 1)
     engine.dispose()
 
 
 async def test_async_connections_that_are_never_closed_leave_no_drift(
-    probe: PoolProbe, writer: Writer, engine: AsyncEngine
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
 ) -> None:
     """An async connection that the garbage collector finds is no longer held, though it fires no checkin."""
     await warm(engine)
@@ -382,13 +378,13 @@ async def test_async_connections_that_are_never_closed_leave_no_drift(
     with pytest.warns(exc.SAWarning, match="garbage collector"):
         await leak()
         gc.collect()
-    probe.sample()
+    pool_probe.sample()
     pool: Any = engine.pool
     assert count(writer, "used") == pool.checkedout() == 0
     assert value(writer, "db_client_connection_use_time_seconds_count") == 3
 
 
-def test_a_lost_race_for_a_connection_counts_once(probe: PoolProbe, writer: Writer) -> None:
+def test_a_lost_race_for_a_connection_counts_once(pool_probe: PoolProbe, writer: Writer) -> None:
     """When another thread takes the connection and the pool asks again, that is still one checkout and one wait."""
 
     def checkout(engine: Engine, books: Ledger) -> None:
@@ -410,12 +406,12 @@ def test_a_lost_race_for_a_connection_counts_once(probe: PoolProbe, writer: Writ
     pool: Any = engine.pool
     assert pool.lost
     assert books.waits == []
-    probe.sample()
+    pool_probe.sample()
     assert value(writer, "db_client_connection_wait_time_seconds_count") == 1
     assert value(writer, "db_client_connection_pending_requests") == 0
 
 
-async def test_a_wait_is_a_span(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_a_wait_is_a_span(pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
     """While traces are recorded, a real wait is a span with its times and the pool's name; no wait is none."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
@@ -475,11 +471,13 @@ async def test_a_failing_hook_does_not_reach_the_app(
     probe.close()
 
 
-async def test_rebinding_writes_to_the_new_writer_once(probe: PoolProbe, writer: Writer, engine: AsyncEngine) -> None:
+async def test_rebinding_writes_to_the_new_writer_once(
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
+) -> None:
     """After a second bind, as a forked worker does it, every checkout counts once and in the new writer."""
     await warm(engine)
     fresh = Writer.in_memory()
-    probe.bind(fresh)
+    pool_probe.bind(fresh)
     async with engine.connect() as connection:
         await connection.execute(text("select 1"))
     assert value(fresh, "db_client_connection_wait_time_seconds_count") == 1
@@ -487,7 +485,7 @@ async def test_rebinding_writes_to_the_new_writer_once(probe: PoolProbe, writer:
 
 
 async def test_an_idle_connection_is_no_wait_and_the_next_one_is(
-    probe: PoolProbe, writer: Writer, engine: AsyncEngine
+    pool_probe: PoolProbe, writer: Writer, engine: AsyncEngine
 ) -> None:
     """A checkout that finds an idle connection waits 0 seconds; one that finds none has a wait in its ledger."""
     await warm(engine)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import create_engine
@@ -11,24 +10,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from demo_app.stack.servers import Postgres
 from fastapi_headroom.probes.pool import PoolProbe
-from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
+pytestmark = pytest.mark.alone
+
 LABELS = {"db_client_connection_pool_name": "shop"}
-
-
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
-
-
-@pytest.fixture
-def probe(writer: Writer) -> Iterator[PoolProbe]:
-    probe = PoolProbe(load({}))
-    probe.bind(writer)
-    yield probe
-    assert writer.value("headroom_probe_up", probe="pool") == 1.0
-    probe.close()
 
 
 def found(writer: Writer) -> tuple[float, float]:
@@ -37,7 +23,7 @@ def found(writer: Writer) -> tuple[float, float]:
 
 
 async def test_every_checkout_counts_those_in_use_and_those_that_wait(
-    postgres: Postgres, writer: Writer, probe: PoolProbe
+    postgres: Postgres, writer: Writer, pool_probe: PoolProbe
 ) -> None:
     """Ten at once on a pool of three find 0, 1, 2, ... 9, on new, on idle and on busy connections alike."""
     engine = create_async_engine(
@@ -60,7 +46,7 @@ async def test_every_checkout_counts_those_in_use_and_those_that_wait(
     await engine.dispose()
 
 
-def test_checkouts_of_a_sync_engine_count_as_well(postgres: Postgres, writer: Writer, probe: PoolProbe) -> None:
+def test_checkouts_of_a_sync_engine_count_as_well(postgres: Postgres, writer: Writer, pool_probe: PoolProbe) -> None:
     """Three nested checkouts find 0, 1 and 2; again on connections that lie ready."""
     engine = create_engine(postgres.url(driver="psycopg"), pool_size=3, pool_logging_name="shop")
     for _ in range(2):

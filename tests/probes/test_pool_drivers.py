@@ -1,7 +1,4 @@
-"""The pool probe with each driver of SQLAlchemy, against the truth of clocks, pools and the server.
-
-MySQL is not among them: no server of it is at hand.
-"""
+"""The pool probe with each driver of SQLAlchemy, against the truth of clocks, pools and the server."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,25 +17,25 @@ from sqlalchemy import create_engine, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AssertionPool
 
+from demo_app.stack.mariadb import MariaDB
 from demo_app.stack.servers import Postgres
 from fastapi_headroom.probes.pool import PoolProbe
-from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
+
+pytestmark = pytest.mark.alone
 
 POOL = {"db_client_connection_pool_name": "shop"}
 WAIT = "db_client_connection_wait_time_seconds"
-ASYNC = ("asyncpg", "psycopg-async", "aiosqlite")
-DRIVERS = (*ASYNC, "psycopg", "psycopg2")
+MYSQL = ("asyncmy", "aiomysql", "pymysql")
+ASYNC = ("asyncpg", "psycopg-async", "aiosqlite", "asyncmy", "aiomysql")
+DRIVERS = (*ASYNC, "psycopg", "psycopg2", "pymysql")
 
 
 class Users:
     """Users of one engine, alike for sync drivers (each user has a thread) and async ones."""
 
-    def __init__(self, driver: str, postgres: Postgres, folder: Path, **options: Any) -> None:
+    def __init__(self, driver: str, url: str, **options: Any) -> None:
         self.is_async = driver in ASYNC
-        url = f"sqlite+aiosqlite:///{folder / 'shop.db'}"
-        if driver != "aiosqlite":
-            url = postgres.url(driver=driver.partition("-")[0])
         make: Any = create_async_engine if self.is_async else create_engine
         self.engine: Any = make(url, pool_logging_name="shop", **options)
         self.pool: Any = self.engine.pool
@@ -88,17 +84,18 @@ class Users:
 
 
 @pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
+def driver() -> str:
+    """The driver of a test that does not choose."""
+    return "psycopg"
 
 
 @pytest.fixture
-def probe(writer: Writer) -> Iterator[PoolProbe]:
-    probe = PoolProbe(load({}))
-    probe.bind(writer)
-    yield probe
-    assert writer.value("headroom_probe_up", probe="pool") == 1.0
-    probe.close()
+def url(driver: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a real database for the test's driver, whose server is started if need be."""
+    if driver == "aiosqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
+    server: Postgres | MariaDB = request.getfixturevalue("mariadb" if driver in MYSQL else "postgres")
+    return server.url(driver=driver.partition("-")[0])
 
 
 def count(writer: Writer, state: str) -> float:
@@ -106,11 +103,9 @@ def count(writer: Writer, state: str) -> float:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-async def test_every_driver_is_measured(
-    probe: PoolProbe, writer: Writer, postgres: Postgres, tmp_path: Path, driver: str
-) -> None:
+async def test_every_driver_is_measured(pool_probe: PoolProbe, writer: Writer, driver: str, url: str) -> None:
     """Checkout, statement, wait and time-out are measured alike with each driver, sync and async."""
-    users = Users(driver, postgres, tmp_path, pool_size=2, max_overflow=0, pool_timeout=0.35)
+    users = Users(driver, url, pool_size=2, max_overflow=0, pool_timeout=0.35)
     await users.warm(2)
     for _ in range(8):  # until the machine let them run side by side
         before = writer.value(f"{WAIT}_sum", **POOL)
@@ -132,9 +127,9 @@ async def test_every_driver_is_measured(
         await users.use(0)
     assert writer.value("db_client_connection_timeouts_total", **POOL) - timeouts == 1
     await asyncio.gather(*holders)
-    probe.sample()
+    pool_probe.sample()
     assert (count(writer, "used"), count(writer, "idle")) == (0, 2)
-    system = "sqlite" if driver == "aiosqlite" else "postgresql"
+    system = "sqlite" if driver == "aiosqlite" else "mysql" if driver in MYSQL else "postgresql"
     assert writer.value(
         "db_client_operation_duration_seconds_count",
         db_system_name=system, db_operation_name="SELECT", error_type="",
@@ -160,15 +155,15 @@ def percentiles(values: list[float]) -> tuple[float, float]:
     return cuts[49], cuts[98]
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg-async", "psycopg"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg-async", "psycopg", "asyncmy"])
 async def test_waits_under_contention_are_within_two_milliseconds(
-    probe: PoolProbe, writer: Writer, postgres: Postgres, tmp_path: Path, driver: str
+    pool_probe: PoolProbe, writer: Writer, driver: str, url: str
 ) -> None:
-    """With 24 users of 4 connections of a real PostgreSQL, p50 and p99 are within 2 ms of the users' own clocks."""
-    users = Users(driver, postgres, tmp_path, pool_size=4, max_overflow=0, pool_timeout=30)
+    """With 24 users of 4 connections of a real server, p50 and p99 are within 2 ms of the users' own clocks."""
+    users = Users(driver, url, pool_size=4, max_overflow=0, pool_timeout=30)
     await users.warm(4)
-    probe.sample()
-    queue: Any = probe._series["shop"].queue
+    pool_probe.sample()
+    queue: Any = pool_probe._series["shop"].queue
     recorder = queue.wait = Recorder(queue.wait)
     chance = random.Random(7)
 
@@ -190,12 +185,12 @@ async def test_waits_under_contention_are_within_two_milliseconds(
 
 
 @pytest.mark.parametrize("faults", [500, pytest.param(10_000, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "asyncmy"])
 async def test_random_faults_leave_no_drift(
-    probe: PoolProbe, writer: Writer, postgres: Postgres, tmp_path: Path, driver: str, faults: int
+    pool_probe: PoolProbe, writer: Writer, driver: str, url: str, faults: int
 ) -> None:
     """After random cancellations, time-outs, errors, invalidations and refusals, the counts are the truth."""
-    users = Users(driver, postgres, tmp_path, pool_size=3, max_overflow=2, pool_timeout=0.004)
+    users = Users(driver, url, pool_size=3, max_overflow=2, pool_timeout=0.004)
     chance = random.Random(7)
     lock = threading.Lock()
     refuse = {"next": 0}
@@ -220,7 +215,7 @@ async def test_random_faults_leave_no_drift(
                 task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         happened += sum(isinstance(outcome, BaseException) for outcome in outcomes) + ends.count("invalidate")
-    probe.sample()
+    pool_probe.sample()
     assert writer.value("db_client_connection_pending_requests", **POOL) == 0
     assert writer.value("db_client_connection_timeouts_total", **POOL) > 0
     assert writer.value("headroom_pool_invalidations_total", **POOL) > 0
@@ -230,10 +225,10 @@ async def test_random_faults_leave_no_drift(
 
 
 async def test_a_recycled_connection_is_a_creation_and_no_fault(
-    probe: PoolProbe, writer: Writer, postgres: Postgres, tmp_path: Path
+    pool_probe: PoolProbe, writer: Writer, url: str
 ) -> None:
     """A connection replaced for its age by pool_recycle counts as created, not as invalidated."""
-    users = Users("psycopg", postgres, tmp_path, pool_size=1, max_overflow=0, pool_recycle=0)
+    users = Users("psycopg", url, pool_size=1, max_overflow=0, pool_recycle=0)
     await users.use(0.01)
     made = writer.value("db_client_connection_create_time_seconds_count", **POOL)
     await users.use(0.01)
@@ -242,24 +237,24 @@ async def test_a_recycled_connection_is_a_creation_and_no_fault(
     await users.dispose()
 
 
-def test_an_assertion_pool_reports_use_and_no_limit(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+def test_an_assertion_pool_reports_use_and_no_limit(pool_probe: PoolProbe, writer: Writer, url: str) -> None:
     """AssertionPool, which allows one checkout, shows it, and a refused second one leaves nothing in use."""
-    engine = create_engine(postgres.url("psycopg"), poolclass=AssertionPool, pool_logging_name="shop")
+    engine = create_engine(url, poolclass=AssertionPool, pool_logging_name="shop")
     with engine.connect():
         with pytest.raises(AssertionError):
             engine.connect()
-        probe.sample()
+        pool_probe.sample()
         assert count(writer, "used") == 1
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == 0
     with pytest.raises(KeyError):
         writer.value("db_client_connection_max", **POOL)
     engine.dispose()
 
 
-def test_an_error_during_checkout_leaves_nothing_in_use(probe: PoolProbe, writer: Writer, postgres: Postgres) -> None:
+def test_an_error_during_checkout_leaves_nothing_in_use(pool_probe: PoolProbe, writer: Writer, url: str) -> None:
     """When the app's own checkout listener raises, the connection is not counted as held."""
-    engine = create_engine(postgres.url("psycopg"), pool_size=1, max_overflow=0, pool_logging_name="shop")
+    engine = create_engine(url, pool_size=1, max_overflow=0, pool_logging_name="shop")
 
     @event.listens_for(engine, "checkout")
     def _checkout(*_: Any) -> None:
@@ -269,7 +264,7 @@ def test_an_error_during_checkout_leaves_nothing_in_use(probe: PoolProbe, writer
         with pytest.raises(ZeroDivisionError):
             engine.connect()
     pool: Any = engine.pool
-    probe.sample()
+    pool_probe.sample()
     assert count(writer, "used") == pool.checkedout() == 0
     assert count(writer, "idle") == 0  # SQLAlchemy closed the connection and kept its place
     engine.dispose()

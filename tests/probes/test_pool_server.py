@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from demo_app.stack.mariadb import MariaDB
 from demo_app.stack.servers import Postgres
 from fastapi_headroom.probes import pool_server
 from fastapi_headroom.probes.pool import PoolProbe
@@ -26,11 +27,6 @@ def probe_with(writer: Writer, **settings: object) -> Iterator[PoolProbe]:
     yield probe
     assert writer.value("headroom_probe_up", probe="pool") == 1.0
     probe.close()
-
-
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
 
 
 @pytest.fixture
@@ -77,6 +73,35 @@ async def test_an_async_engine_tells_it_too(postgres: Postgres, writer: Writer, 
     plain = create_engine(postgres.url(driver="psycopg"))
     assert limit_of(writer) == expected(plain)
     plain.dispose()
+
+
+def test_mysql_tells_the_tighter_limit_of_an_account(mariadb: MariaDB, writer: Writer, probe: PoolProbe) -> None:
+    """PyMySQL's first connection tells max_user_connections where that is below max_connections."""
+    engine = create_engine(mariadb.url(driver="pymysql"), pool_logging_name="shop")
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT @@max_user_connections")).scalar() == 90
+    assert limit_of(writer) == 90
+    engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+async def test_mysql_tells_its_limit_by_an_async_driver(
+    driver: str, mariadb: MariaDB, writer: Writer, probe: PoolProbe
+) -> None:
+    """max_connections, asked within the greenlet that opens; the one reserved for administration comes on top."""
+    admin = create_engine(mariadb.url(driver="pymysql"))
+    with admin.connect() as connection:
+        connection.execute(text("SET GLOBAL max_user_connections = 200"))
+    try:
+        engine = create_async_engine(mariadb.url(driver=driver), pool_logging_name="shop")
+        async with engine.connect() as open_one:
+            assert (await open_one.execute(text("SELECT @@max_connections"))).scalar() == 100
+        await engine.dispose()
+    finally:
+        with admin.connect() as connection:
+            connection.execute(text("SET GLOBAL max_user_connections = 90"))
+    assert limit_of(writer) == 100
+    admin.dispose()
 
 
 def test_a_tighter_limit_of_the_database_or_role_counts(postgres: Postgres, writer: Writer, probe: PoolProbe) -> None:

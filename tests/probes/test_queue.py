@@ -31,6 +31,7 @@ from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 from tests.support import celery_app
+from tests.support.queue_kit import kill
 from tests.support.serving import ROOT
 
 WAITS = "headroom_queue_wait_seconds"
@@ -73,11 +74,9 @@ def queue_poller(server: Redis, parameters: str = "queues=mail,reports") -> Poll
     return poller_for(f"celery+{server.url}?{parameters}")
 
 
-@contextlib.contextmanager
-def worker(server: Redis, folder: Path, pool: str = "prefork") -> Iterator[Path]:
-    """Run a Celery worker with two slots for jobs; gives its store's directory."""
-    directory = folder / "store"
-    process = Process(
+def worker_process(server: Redis, folder: Path, pool: str = "prefork") -> Process:
+    """Return a Celery worker with two slots for jobs, whose store is in the folder."""
+    return Process(
         "celery",
         [sys.executable, "-m", "celery", "-A", "tests.support.celery_app", "worker", "--pool", pool, "-c", "2",
          "-Q", "mail,reports", "--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "warning"],
@@ -87,13 +86,19 @@ def worker(server: Redis, folder: Path, pool: str = "prefork") -> Iterator[Path]
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "instrumentation")]),
             "TEST_BROKER_URL": server.url,
-            "HEADROOM_DIRECTORY": str(directory),
+            "HEADROOM_DIRECTORY": str(folder / "store"),
             "C_FORCE_ROOT": "1",
         },
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def worker(server: Redis, folder: Path, pool: str = "prefork") -> Iterator[Path]:
+    """Run a Celery worker; gives its store's directory."""
+    process = worker_process(server, folder, pool)
     process.start()
     try:
-        yield directory
+        yield folder / "store"
     except TimeoutError as error:
         error.add_note(process.tail(40))
         raise
@@ -373,7 +378,7 @@ def test_a_worker_measures_waits_runs_failures_and_retries(
         wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 1.0, 10, "a job in progress")
         broker.lpush(celery_app.GATE, "open")
         wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 0.0, 10, "no job in progress")
-        assert 1 <= len(Reader(directory).read().alive) <= 2, "children claim slots, their parent does not"
+        assert Reader(directory).read().alive == [0, 1, 2], "the main process and its two children, one slot each"
 
 
 @pytest.mark.parametrize("pool", ["solo", "threads"])
@@ -385,6 +390,60 @@ def test_a_worker_without_children_measures_itself(
     with worker(redis_server, tmp_path, pool) as directory:
         wait_until(lambda: total(directory, f"{RUNS}_count", headroom_task="jobs.send") == 1.0, 20, "one run")
         assert Reader(directory).read().alive == [0]
+
+
+def test_a_run_that_is_cut_short_has_an_error_type_that_says_how(
+    broker: redis_client.Redis, redis_server: Redis, tmp_path: Path
+) -> None:
+    """A soft time limit, a hard one, a killed child and one that left are one run each, with an error type that tells,
+    though all but the first end the process that would have counted them."""
+    celery_app.last.apply_async((20,), soft_time_limit=0.3)
+    celery_app.last.apply_async((20,), time_limit=0.4)
+    celery_app.die.apply_async()
+    celery_app.leave.apply_async()
+    with worker(redis_server, tmp_path) as directory:
+        wait_until(lambda: total(directory, f"{RUNS}_count") == 4.0, 30, "four runs")
+        celery_app.send.apply_async()
+        wait_until(lambda: total(directory, f"{RUNS}_count", error_type="") == 1.0, 20, "a run by a new child")
+
+        def run(sample: str, task: str, error: str) -> float:
+            names = {"messaging_system": "redis", "messaging_destination_name": "mail"}
+            return total(directory, f"{RUNS}_{sample}", **names, headroom_task=task, error_type=error)
+
+        assert run("count", "jobs.last", "SoftTimeLimitExceeded") == 1.0
+        assert run("count", "jobs.last", "TimeLimitExceeded") == 1.0
+        assert 0.3 < run("sum", "jobs.last", "TimeLimitExceeded") < 5.0
+        assert run("count", "jobs.die", "WorkerLostError") == 1.0
+        assert run("count", "jobs.leave", "WorkerLostError") == 1.0
+        assert total(directory, f"{RUNS}_count") == 5.0
+
+
+def test_a_worker_says_which_queues_it_takes_jobs_from(
+    broker: redis_client.Redis, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Each queue of a living worker has a consumer, one that it was told to leave has none, and when the worker was
+    killed nobody says anything."""
+    process = worker_process(redis_server, tmp_path)
+
+    def consumers(queue: str) -> float | None:
+        name, labels = catalog.QUEUE_CONSUMERS.name, {"messaging_system": "redis", "priority": "_all"}
+        wanted = {**labels, "messaging_destination_name": queue}
+        families = Reader(tmp_path / "store").read().families if (tmp_path / "store").is_dir() else []
+        found = [value for it in families for row, pairs, value in it.samples if row == name and dict(pairs) == wanted]
+        return found[0] if found else None
+
+    process.start()
+    try:
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 1.0), 25, "both queues")
+        celery_app.app.control.cancel_consumer("reports")
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 0.0), 10, "the order to leave one")
+        kill(process)
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (None, None), 10, "all to be dead")
+    except TimeoutError as error:
+        error.add_note(process.tail(40))
+        raise
+    finally:
+        process.stop()
 
 
 def test_names_beyond_the_limit_are_folded() -> None:

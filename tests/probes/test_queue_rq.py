@@ -161,7 +161,7 @@ def test_close_puts_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def patched() -> tuple[Any, ...]:
         return (rq.Queue.enqueue_call, rq.Queue.schedule_job, rq.Worker.execute_job, rq.SimpleWorker.execute_job,
-                Job.perform, Job.retry, rq.Worker.handle_job_retry)  # fmt: skip
+                Job.perform, Job.retry, Job.to_dict, Job.restore, rq.Worker.handle_job_retry)  # fmt: skip
 
     before = patched()
     probe = QueueProbe(load({}))

@@ -18,6 +18,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from fastapi_headroom import ledger
 from tests.support.measured import Measured, busy, eventually, uvicorn_serving
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("middleware", [False, True], ids=["bare", "behind-middleware"])
 async def test_code_that_holds_the_loop_is_found(measure: Callable[..., Measured], middleware: bool) -> None:

@@ -22,11 +22,6 @@ from fastapi_headroom.store.writer import Writer
 DURATION = "db_client_operation_duration_seconds"
 
 
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
-
-
 @pytest.fixture(autouse=True)
 def probe(writer: Writer) -> Iterator[PoolProbe]:
     probe = PoolProbe(load({}))

@@ -18,6 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from fastapi_headroom import ledger
 from tests.probes.loops import RUNS, Run, measured, until
 
+pytestmark = pytest.mark.alone
+
 WAIT = "headroom_threadpool_wait_seconds"
 TOKENS = "headroom_threadpool_tokens"
 

@@ -28,6 +28,8 @@ from fastapi_headroom.probes.threadpool import Threadpool
 from fastapi_headroom.settings import Settings
 from tests.support.measured import Measured, busy, eventually, uvicorn_serving
 
+pytestmark = pytest.mark.alone
+
 LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
 

@@ -24,6 +24,8 @@ from fastapi_headroom.probes import blocks
 from tests.probes.loops import BLOCKED, BLOCKS, RUNS, Run, measured, total, undisturbed, until, verdicts
 from tests.support import loop_proofs
 
+pytestmark = pytest.mark.alone
+
 HERE = __name__
 
 

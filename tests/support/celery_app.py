@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import signal
+import sys
+import time
 from typing import Any
 
 import redis
 from celery import Celery
 
-from fastapi_headroom.probes.queue import QueueProbe, install_worker
-from fastapi_headroom.settings import load
-from fastapi_headroom.store.writer import Writer
+import fastapi_headroom as headroom
 from tests.support import queue_jobs
 
 BROKER = os.environ.get("TEST_BROKER_URL", "redis://127.0.0.1:1/0")
@@ -31,6 +31,7 @@ app.conf.broker_transport_options = transport_options(BROKER)
 app.conf.task_default_queue = "mail"
 app.conf.task_ignore_result = True
 app.conf.worker_prefetch_multiplier = 1
+app.conf.worker_lost_wait = 0.5
 app.conf.broker_connection_retry_on_startup = True
 
 
@@ -64,20 +65,25 @@ def kit(folder: str, kind: str) -> None:
     queue_jobs.run(folder, kind)
 
 
-if directory := os.environ.get("HEADROOM_DIRECTORY"):
-    probe = QueueProbe(load({}))
-    writers: list[Writer] = []
+@app.task(name="jobs.last")
+def last(seconds: float) -> None:
+    """Take so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
 
-    def bind() -> None:
-        """Claim a slot for this process."""
-        if not writers:
-            writers.append(Writer.open(Path(directory)))
-            probe.bind(writers[0])
 
-    def shutdown() -> None:
-        """Give the slot back."""
-        probe.close()
-        while writers:
-            writers.pop().close()
+@app.task(name="jobs.die")
+def die() -> None:
+    """End the process, as the kernel does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    install_worker(bind, shutdown)
+
+@app.task(name="jobs.leave")
+def leave() -> None:
+    """Leave the process, as libraries for commands do."""
+    sys.exit(3)
+
+
+if os.environ.get("HEADROOM_DIRECTORY"):
+    headroom.init_worker(app, exporter=False)

@@ -35,6 +35,9 @@ class Subject(ABC):
     """Seconds for a worker to end in order: a Celery worker without heartbeats may sleep on its socket."""
     tells_due: ClassVar[bool] = True
     """Whether delayed jobs that are due and that nobody moved are told from the others."""
+    tells: ClassVar[frozenset[Metric]] = frozenset()
+    """The rows that its workers write in the poller's place, into ``store`` in the folder."""
+
     measures: ClassVar[bool] = False
     """Whether the kit's worker measures its jobs, into ``store`` in the folder."""
 

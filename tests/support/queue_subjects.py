@@ -120,6 +120,7 @@ class CeleryOnRedis(OnRedis):
     kind = "celery"
     measures = True
     sees = frozenset({DEPTH, AGE, BUSY})
+    tells = frozenset({CONSUMERS})
 
     def start(self) -> None:
         """Point the app at this broker."""
@@ -161,6 +162,7 @@ class CeleryOnRabbitMQ(CeleryOnRedis):
     system = "rabbitmq"
     broker = RabbitMQ  # type: ignore[assignment]
     sees = frozenset({DEPTH, CONSUMERS})
+    tells = frozenset()
 
     def start(self) -> None:
         """Declare the queue anew as Celery does."""

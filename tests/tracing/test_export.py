@@ -15,6 +15,8 @@ from fastapi_headroom.tracing import setup
 from tests.support.serving import serve
 from tests.tracing.receiver import Receiver, Span
 
+pytestmark = pytest.mark.alone
+
 APP = "tests.tracing.app:app"
 
 

@@ -9,10 +9,13 @@ from fastapi_headroom import catalog
 from fastapi_headroom.advice.remaining import READS, Labels, remaining
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.exporter import pollers
-from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.exporter.pollers import PolledCache, PolledQueue
 from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
 from fastapi_headroom.probes.queue_adapters import Sample
 from fastapi_headroom.store.reader import Family, Reader, Snapshot
+
+_SHARED = {catalog.CACHE_ENTRIES, catalog.CACHE_EVICTIONS}
+"""What pollers tell of servers and workers of caches in their process."""
 
 
 class Collector:
@@ -24,9 +27,11 @@ class Collector:
         *,
         expected_workers: int | None = None,
         queues: Sequence[PolledQueue] = (),
+        caches: Sequence[PolledCache] = (),
         pools: PoolAdvisor | None = None,
     ) -> None:
-        self._reader, self._expected, self._queues, self._pools = reader, expected_workers, queues, pools
+        self._reader, self._expected, self._pools = reader, expected_workers, pools
+        self._polled: tuple[PolledQueue, ...] = (*queues, *caches)
         self.scrape_seconds: float | None = None
         """How long the scrape before took, read and rendered; set by whoever renders."""
 
@@ -57,12 +62,16 @@ class Collector:
             rows.append((catalog.WORKERS, ("expected",), float(self._expected)))
         if self.scrape_seconds is not None:
             rows.append((catalog.SCRAPE_DURATION, (), self.scrape_seconds))
-        for queue in self._queues:
-            rows += queue.rows()
+        for server in self._polled:
+            rows += server.rows()
         if self._pools is not None:
             self._pools.alive = snapshot.alive
             rows += self._pools.rows()
         own = _by_metric(rows)
+        if catalog.QUEUE_CONSUMERS in own and (family := families.get(catalog.QUEUE_CONSUMERS.family)) is not None:
+            # Workers tell it where the broker cannot, so there are rows of both kinds.
+            told = {labels: value for _, labels, value in family.samples} | dict(own[catalog.QUEUE_CONSUMERS])
+            own[catalog.QUEUE_CONSUMERS] = list(told.items())
         merged = {
             metric.name: [(labels, value) for (_, labels), value in zip(family.rows.series, family.values, strict=True)]
             for metric in READS
@@ -71,8 +80,10 @@ class Collector:
         merged |= {metric.name: samples for metric, samples in own.items()}
         left: list[Sample] = [(catalog.REMAINING, (row.resource, row.name), row.ratio) for row in remaining(merged)]
         own |= _by_metric(left)
-        if (queues_up := pollers.up(self._queues)) is not None:
-            own[catalog.PROBE_UP] = _queue_probe_up(families, queues_up)
+        if states := pollers.up(self._polled):
+            own[catalog.PROBE_UP] = _probe_up(families, states)
+        for metric in own.keys() & _SHARED:
+            own[metric] = _beside(families, metric, own[metric])
         return own
 
 
@@ -85,10 +96,20 @@ def _by_metric(rows: Sequence[Sample]) -> dict[Metric, list[tuple[Labels, float]
     return {metric: list(samples.items()) for metric, samples in grouped.items()}
 
 
-def _queue_probe_up(families: dict[str, Family], queues_up: bool) -> list[tuple[Labels, float]]:
-    """Return the probes' states with the pollers' word on the queue: up is who is up everywhere."""
+def _probe_up(families: dict[str, Family], polled: dict[str, bool]) -> list[tuple[Labels, float]]:
+    """Return the probes' states with the pollers' word on theirs: up is who is up everywhere."""
     family = families.get(catalog.PROBE_UP.family)
     states = {labels: value for _, labels, value in family.samples} if family else {}
-    queue = (("probe", "queue"),)
-    states[queue] = min(float(queues_up), states.get(queue, 1.0))
+    for probe, is_up in polled.items():
+        labels = (("probe", probe),)
+        states[labels] = min(float(is_up), states.get(labels, 1.0))
     return list(states.items())
+
+
+def _beside(
+    families: dict[str, Family], metric: Metric, rows: list[tuple[Labels, float]]
+) -> list[tuple[Labels, float]]:
+    """Return what was polled beside what workers wrote of the same metric; of one label set, what was polled."""
+    family = families.get(metric.family)
+    samples = {labels: value for _, labels, value in family.samples} if family else {}
+    return list((samples | dict(rows)).items())

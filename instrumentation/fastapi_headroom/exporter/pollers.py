@@ -1,7 +1,7 @@
-"""Poll brokers from the exporter, so that queue depth is there when every app and worker is down.
+"""Poll brokers and cache servers from the exporter, so that their state is there when every app and worker is down.
 
-Each queue URL has a thread of its own, and the scrape takes its last result: a slow or dead broker delays
-neither scrapes nor the other queues. A broker that is down is a gap and ``headroom_probe_up{probe="queue"}`` 0.
+Each URL has a thread of its own, and the scrape takes its last result: a slow or dead server delays neither scrapes
+nor the other pollers. A server that is down is a gap and ``headroom_probe_up{probe="queue"}`` (or ``cache``) 0.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
+from fastapi_headroom.exporter.cache_servers import cache_poller_for
 from fastapi_headroom.probes.queue_adapters import Poller, Sample, poller_for
 
 log = logging.getLogger("fastapi_headroom")
@@ -25,13 +27,21 @@ FRESH = 10.0
 class PolledQueue:
     """One queue URL, polled once a second on a daemon thread."""
 
+    probe: ClassVar[str] = "queue"
+    """The stem that is down while the server does not answer."""
+    _server: ClassVar[str] = "queue broker"
+    _remedy: ClassVar[str] = (
+        "its queues are missing until it answers: check that it runs and that the URL in HEADROOM_QUEUES or --queue "
+        "is right"
+    )
+
     def __init__(self, url: str, make: Callable[[str], Poller] = poller_for, *, interval: float = INTERVAL) -> None:
         self.url, self._make, self._interval = url, make, interval
         self._rows: list[Sample] = []
         self._polled_at = time.monotonic()
         self._up: bool | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="headroom-queue-poller", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"headroom-{self.probe}-poller", daemon=True)
 
     def start(self) -> None:
         """Begin to poll."""
@@ -68,26 +78,46 @@ class PolledQueue:
 
     def _answered(self, rows: list[Sample]) -> None:
         if self._up is False:
-            log.warning("fastapi-headroom: the queue broker %s answers again", public(self.url))
+            log.warning("fastapi-headroom: the %s %s answers again", self._server, public(self.url))
         self._rows, self._polled_at, self._up = rows, time.monotonic(), True
 
     def _failed(self, error: Exception) -> None:
         if self._up is not False:
             log.warning(
-                "fastapi-headroom: the queue broker %s cannot be polled (%s: %s); its queues are missing until it "
-                "answers: check that it runs and that the URL in HEADROOM_QUEUES or --queue is right",
+                "fastapi-headroom: the %s %s cannot be polled (%s: %s); %s",
+                self._server,
                 public(self.url),
                 type(error).__name__,
                 _without_credentials(str(error), self.url),
+                self._remedy,
             )
         self._up = False
         self._rows = []
 
 
-def up(queues: Sequence[PolledQueue]) -> bool | None:
-    """Return whether all brokers answer; None while that is not known of any."""
-    known = [queue.up for queue in queues if queue.up is not None]
-    return all(known) if known else None
+class PolledCache(PolledQueue):
+    """One cache server, polled once a second on a daemon thread."""
+
+    probe: ClassVar[str] = "cache"
+    _server: ClassVar[str] = "cache server"
+    _remedy: ClassVar[str] = (
+        "its memory and evictions are missing until it answers: check that it runs and that the URL in "
+        "HEADROOM_CACHE_SERVERS or --cache is right"
+    )
+
+    def __init__(
+        self, url: str, make: Callable[[str], Poller] = cache_poller_for, *, interval: float = INTERVAL
+    ) -> None:
+        super().__init__(url, make, interval=interval)
+
+
+def up(polled: Sequence[PolledQueue]) -> dict[str, bool]:
+    """Return by probe whether all its servers answer; nothing of a probe while that is not known of any."""
+    states: dict[str, bool] = {}
+    for one in polled:
+        if one.up is not None:
+            states[one.probe] = one.up and states.get(one.probe, True)
+    return states
 
 
 def public(url: str) -> str:

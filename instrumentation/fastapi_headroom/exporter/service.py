@@ -6,7 +6,7 @@ import contextlib
 
 from fastapi_headroom.exporter.access import Access
 from fastapi_headroom.exporter.collect import Collector
-from fastapi_headroom.exporter.pollers import PolledQueue
+from fastapi_headroom.exporter.pollers import PolledCache, PolledQueue
 from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
 from fastapi_headroom.exporter.scrape import Scraper
 from fastapi_headroom.exporter.server import MetricsServer
@@ -26,10 +26,15 @@ class Exporter:
         directory = settings.store_directory
         access = Access(settings)
         self._queues = [PolledQueue(url) for url in settings.queues]
+        self._caches = [PolledCache(url) for url in settings.cache_servers]
         self._reader = Reader(directory)
         self._pools = PoolAdvisor(directory)
         collector = Collector(
-            self._reader, expected_workers=settings.expected_workers, queues=self._queues, pools=self._pools
+            self._reader,
+            expected_workers=settings.expected_workers,
+            queues=self._queues,
+            caches=self._caches,
+            pools=self._pools,
         )
         self._scraper = Scraper(collector, ExemplarReader(directory))
         self._server = MetricsServer(settings.host, settings.port, self._scraper, directory, access)
@@ -45,16 +50,16 @@ class Exporter:
         return self._server.alive
 
     def start(self) -> None:
-        """Answer requests, poll queues and watch pools, on daemon threads."""
-        for queue in self._queues:
-            queue.start()
+        """Answer requests, poll queues and cache servers and watch pools, on daemon threads."""
+        for server in (*self._queues, *self._caches):
+            server.start()
         self._pools.start()
         self._server.start()
 
     def stop(self) -> None:
         """Stop all, free the port and let go of the store's files. Idempotent."""
-        for queue in self._queues:
-            queue.stop()
+        for server in (*self._queues, *self._caches):
+            server.stop()
         self._pools.stop()
         self._server.stop()
         with self._scraper.quiet:

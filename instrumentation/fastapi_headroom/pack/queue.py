@@ -14,6 +14,11 @@ SYSTEM, QUEUE = "messaging_system", "messaging_destination_name"
 LABELS = ("job", SYSTEM, QUEUE, "priority")
 
 
+# Who consumes and which run failed is known by queue, not by priority.
+NAMED = ("job", SYSTEM, QUEUE)
+TASK = (*NAMED, "headroom_task")
+
+
 def _too_old() -> str:
     age = promql.by("max", LABELS, promql.highest(catalog.QUEUE_OLDEST_AGE, "2m"))
     return f"{age} > {promql.number(thresholds.QUEUE_AGE_SECONDS)}"
@@ -25,6 +30,23 @@ def _not_draining() -> str:
     return (
         f"{least} > {promql.number(thresholds.QUEUE_BACKLOG_JOBS)}\n"
         f"and {promql.by('max', LABELS, f'deriv({depth}[30m])')} > 0"
+    )
+
+
+def _no_consumers() -> str:
+    # Where workers and not the broker tell who consumes, the last one to die takes the series with it.
+    waiting = promql.by("max", NAMED, promql.highest(catalog.QUEUE_DEPTH, "2m"))
+    now = promql.by("max", NAMED, promql.highest(catalog.QUEUE_CONSUMERS, "2m"))
+    known = promql.by("max", NAMED, promql.highest(catalog.QUEUE_CONSUMERS, "1d"))
+    return f"{waiting} > 0\nunless {now} > 0\nand {known} >= 0"
+
+
+def _job_failures() -> str:
+    failed = promql.by("sum", TASK, promql.rate(catalog.PROCESS_DURATION, "5m", 'error_type!=""', suffix="_count"))
+    runs = promql.by("sum", TASK, promql.rate(catalog.PROCESS_DURATION, "5m", suffix="_count"))
+    return (
+        f"{failed}\n/ {runs}\n> {promql.number(thresholds.JOB_FAILURE_SHARE)}\n"
+        f"and {failed} > {promql.number(thresholds.JOB_FAILURE_RATE)}"
     )
 
 
@@ -56,18 +78,57 @@ RULES = (
         board=UID,
         variables=(*JOB, ("queue", QUEUE)),
     ),
+    Rule(
+        name="QueueNoConsumers",
+        expression=_no_consumers(),
+        severity="critical",
+        pending="5m",
+        summary="Jobs wait in a queue that nobody takes from.",
+        description=(
+            f"{{{{ $labels.job }}}}: queue {{{{ $labels.{QUEUE} }}}} has no consumer, and at least "
+            '{{ $value | printf "%.0f" }} jobs of one priority are ready.'
+        ),
+        board=UID,
+        variables=(*JOB, ("queue", QUEUE)),
+    ),
+    Rule(
+        name="JobFailures",
+        expression=_job_failures(),
+        severity="warning",
+        pending="2m",
+        keep_firing="5m",
+        summary="A task's jobs fail.",
+        description=(
+            "{{ $labels.job }}: {{ $value | humanizePercentage }} of the runs of {{ $labels.headroom_task }} "
+            f"(queue {{{{ $labels.{QUEUE} }}}}) end in an error."
+        ),
+        board=UID,
+        variables=(*JOB, ("queue", QUEUE)),
+    ),
 )
 
 
 _QUEUES = f'{QUEUE}=~"$queue"'
 _NAME = f"{{{{{QUEUE}}}}} {{{{priority}}}}"
 _SAME = (SYSTEM, QUEUE, "priority")
+_CUT_SHORT = (
+    "SoftTimeLimitExceeded", "TimeLimitExceeded", "WorkerLostError",  # Celery
+    "JobTimeoutException", "WorkHorseKilled",  # RQ
+    "TimeoutError", "CancelledError",  # asyncio, for what is built on it
+)  # fmt: skip
+"""Error types of runs that a time limit ended, or whose process was killed."""
 
 
 def _gauge(metric: catalog.Metric, labels: tuple[str, ...] = _SAME) -> str:
     # Several sidecars may see the same queue: the highest value, not the sum, is the queue's.
     seen = promql.by("max", _SAME, promql.shown(metric, _QUEUES))
     return seen if labels == _SAME else promql.by("sum", labels, seen)
+
+
+def _consumers() -> str:
+    # Workers that tell it themselves take the series with them when they die: nobody is left, which is 0.
+    gone = promql.by("max", _SAME, f"last_over_time({promql.shown(catalog.QUEUE_CONSUMERS, _QUEUES)}[$__range])")
+    return f"{_gauge(catalog.QUEUE_CONSUMERS)} or 0 * {gone}"
 
 
 def _published(labels: tuple[str, ...] = ()) -> str:
@@ -196,7 +257,7 @@ def _backlog_row() -> Row:
                     "Consumers",
                     "Who takes jobs from the queue? None means that nobody does. Not every broker shows it.",
                     "short",
-                    Query(_gauge(catalog.QUEUE_CONSUMERS), _NAME),
+                    Query(_consumers(), _NAME),
                     decimals=0,
                 ),
                 panels.lines(
@@ -224,6 +285,11 @@ def _jobs_row() -> Row:
         "sum", (task, "error_type"), promql.flow(catalog.PROCESS_DURATION, _QUEUES, 'error_type!=""', suffix="_count")
     )
     retries = promql.by("sum", (task,), promql.flow(catalog.QUEUE_RETRIES, _QUEUES))
+    cut = promql.by(
+        "sum",
+        (task, "error_type"),
+        promql.flow(catalog.PROCESS_DURATION, _QUEUES, f'error_type=~"{"|".join(_CUT_SHORT)}"', suffix="_count"),
+    )
     return Row(
         "Which jobs?",
         (
@@ -262,6 +328,15 @@ def _jobs_row() -> Row:
                     Query(promql.or_zero(f"({retries} > 0)", task), f"retry {{{{{task}}}}}"),
                 ),
                 panels.lines(
+                    "Time-outs and killed runs",
+                    (
+                        "Which task is cut short, by its time limit or because its process was killed? Killed mostly "
+                        "means out of memory. Soft limits and time-outs that a job handles itself do not show."
+                    ),
+                    "ops",
+                    Query(promql.or_zero(f"({cut} > 0)", task), f"{{{{{task}}}}} {{{{error_type}}}}"),
+                ),
+                panels.lines(
                     "In progress",
                     "How many jobs are with a consumer and not yet acknowledged? Far more than consumers: prefetching.",
                     "short",
@@ -282,6 +357,7 @@ def _jobs_row() -> Row:
 def _background_row() -> Row:
     task = "headroom_task"
     running = promql.by("sum", (task,), promql.shown(catalog.BACKGROUND_TASKS))
+    failed = promql.by("sum", (task,), promql.flow(catalog.BACKGROUND_TASK_FAILURES))
     return Row(
         "BackgroundTasks inside the web workers",
         across(
@@ -299,6 +375,18 @@ def _background_row() -> Row:
                 "How long do they take? Long ones are lost when a worker is restarted.",
                 "s",
                 Query(promql.shown_quantile(0.95, catalog.BACKGROUND_TASK_DURATION, (task,)), f"{{{{{task}}}}}"),
+            ),
+            panels.lines(
+                "Wait before the start, p95",
+                "How long do they wait for the rest of their request, and for the tasks of it that stand before them?",
+                "s",
+                Query(promql.shown_quantile(0.95, catalog.BACKGROUND_TASK_WAIT, (task,)), f"{{{{{task}}}}}"),
+            ),
+            panels.lines(
+                "Failures",
+                "Which of them fail? Nobody tries again, and those of the same response behind a failed one never run.",
+                "ops",
+                Query(failed, f"{{{{{task}}}}}"),
             ),
         ),
     )

@@ -30,6 +30,8 @@ STACK_LINES: Final = 12
 """Innermost frames that a log record shows."""
 _OURS: Final = str(Path(__file__).parents[1])
 _DRIVER: Final = "fastapi_headroom.driver"
+_DRIVERS: Final = frozenset({_DRIVER, "fastapi_headroom.probes.request"})
+"""Modules that run steps: the request probe runs the first step of each request itself."""
 _STDLIB: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 _RESUMES: Final = CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR
 _PACKAGES: Final = ("/site-packages/", "/dist-packages/")
@@ -225,7 +227,7 @@ def _began(base: FrameType) -> float | None:
 def _ledger(frames: Iterable[FrameType]) -> Ledger | None:
     """Return the ledger of the request whose step runs, from the step driver's frame."""
     for frame in frames:
-        if frame.f_globals.get("__name__") == _DRIVER:
+        if frame.f_globals.get("__name__") in _DRIVERS:
             ledger = frame.f_locals.get("ledger")
             if isinstance(ledger, Ledger):
                 return ledger

@@ -1,4 +1,4 @@
-"""The cache probe: look-ups by result, and how long cache operations take.
+"""The cache probe: look-ups by result, their ages, stampedes and sizes, and how long cache operations take.
 
 Redis clients are found by themselves, sync and async, made before or after. Caches inside the process count
 through ``cache_result``. Keys never leave the process: only their patterns do (see ``key_pattern``).
@@ -9,107 +9,57 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.cache_rules import LOOKUPS, SKIPPED, TIMED, keys_of, of_broker, one
-from fastapi_headroom.probes.key_pattern import fold
+from fastapi_headroom.probes.cache_commands import COMMANDS, PIPELINE, TELLS_LEFT, Command, command_of
+from fastapi_headroom.probes.cache_series import CacheSeries
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.redis_hooks import PIPELINE, RedisHooks, address_of, owner_of, queued_commands
+from fastapi_headroom.probes.redis_hooks import (
+    RedisHooks,
+    address_of,
+    answered_locally,
+    keeps_local_cache,
+    owner_of,
+    queued_commands,
+)
 from fastapi_headroom.settings import Settings
-from fastapi_headroom.store.writer import Counter, Histogram, Writer
+from fastapi_headroom.store.writer import Writer
 
-MAX_PATTERNS: Final = 100
-"""Key patterns per cache; further ones are ``_OTHER``."""
 MAX_CACHES: Final = 20
-MAX_KEYS: Final = 500
-"""Keys per cache whose pattern is remembered, so that the hot ones need no folding."""
 SERIES_KEY: Final = "_fastapi_headroom"
 """The attribute of a client's connection pool (or cluster) that carries its CacheSeries."""
-OPERATIONS: Final = {
-    **{command: command.lower() for command in (*LOOKUPS, *TIMED)},
-    **dict.fromkeys(SKIPPED, ""),
-}
-_JUDGES: Final = {command.lower(): judge for command, judge in LOOKUPS.items()}
+Queued = list[tuple[Command, Sequence[Any]] | None]
+"""The commands of a pipeline with their arguments; None for one that is left alone."""
 _bound: CacheProbe | None = None
 """The probe that measures. redis-py's classes are the process's, so there is one at a time: the last one bound."""
 
 
-class Results:
-    """The look-ups of one cache and key pattern."""
-
-    __slots__ = ("_arguments", "_error", "hit", "miss")
-
-    def __init__(self, writer: Writer, cache: str, pattern: str) -> None:
-        self._arguments = (writer, cache, pattern)
-        self._error: Counter | None = None
-        # both from the start: the first sample of a new series gives no increase, and a ratio needs the two
-        self.hit: Counter = writer.counter(catalog.CACHE_REQUESTS, cache, pattern, "hit")
-        self.miss: Counter = writer.counter(catalog.CACHE_REQUESTS, cache, pattern, "miss")
-
-    def error(self) -> Counter:
-        """Return the counter of errors, made at the first one."""
-        if self._error is None:
-            writer, cache, pattern = self._arguments
-            self._error = writer.counter(catalog.CACHE_REQUESTS, cache, pattern, "error")
-        return self._error
-
-
-class CacheSeries:
-    """The series of one cache, with their handles resolved once."""
-
-    __slots__ = ("_known", "name", "operations", "patterns", "writer")
-
-    def __init__(self, writer: Writer, name: str) -> None:
-        self._known: dict[str | bytes, Results | None] = {}
-        self.writer = writer
-        self.name = name
-        self.operations: dict[str, Histogram] = {}
-        self.patterns: dict[str, Results] = {}
-
-    def observe(self, operation: str, seconds: float) -> None:
-        """Record how long an operation took."""
-        handle = self.operations.get(operation)
-        if handle is None:
-            handle = self.writer.histogram(catalog.CACHE_OPERATION_DURATION, self.name, operation)
-            self.operations[operation] = handle
-        handle.observe(seconds)
-
-    def look_up(self, key: Any) -> Results | None:
-        """Return the counters of the pattern that ``key`` folds to, None for a key of a task queue."""
-        hashes = type(key) is str or type(key) is bytes
-        if hashes and key in self._known:
-            return self._known[key]
-        results = None if of_broker(key) else self.results(key)
-        if hashes:
-            if len(self._known) >= MAX_KEYS:
-                self._known.clear()
-            self._known[key] = results
-        return results
-
-    def results(self, key: Any) -> Results:
-        """Return the counters of the pattern that ``key`` folds to."""
-        pattern = fold(key)
-        results = self.patterns.get(pattern)
-        if results is None:
-            if len(self.patterns) >= MAX_PATTERNS:
-                pattern = OTHER
-            results = self.patterns.get(pattern)
-            if results is None:
-                results = self.patterns[pattern] = Results(self.writer, self.name, pattern)
-        return results
+class HiddenError(Exception):
+    """Stands for an error of the probe in logs. The text of the error itself may hold a key."""
 
 
 class CacheProbe:
     """Measures Redis clients, and the in-process caches that report to it."""
 
     name: ClassVar[str] = "cache"
-    metrics: ClassVar[tuple[Metric, ...]] = (catalog.CACHE_REQUESTS, catalog.CACHE_OPERATION_DURATION)
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        catalog.CACHE_REQUESTS,
+        catalog.CACHE_OPERATION_DURATION,
+        catalog.CACHE_ENTRY_AGE,
+        catalog.CACHE_CONCURRENT_FILLS,
+        catalog.CACHE_DUPLICATE_FILLS,
+        catalog.CACHE_PAYLOAD,
+        catalog.CACHE_TIMEOUTS,
+        catalog.CACHE_INVALIDATIONS,
+    )
 
     def __init__(self, settings: Settings, names: Mapping[str, Any] | None = None) -> None:
         """Prepare to measure. ``names`` gives caches names of the user's choice: ``{"main": client}``."""
@@ -119,6 +69,8 @@ class CacheProbe:
         self._lock = threading.Lock()
         self._patches = Patches()
         self._hooks: RedisHooks | None = None
+        self._timeouts: tuple[type[Exception], ...] = (TimeoutError,)
+        self._conflicts: tuple[type[Exception], ...] = ()
         self._series: dict[str, CacheSeries] = {}
         self._owners: WeakSet[Any] = WeakSet()
         """What carries a CacheSeries."""
@@ -151,13 +103,21 @@ class CacheProbe:
     def _hook(self) -> None:
         if self._hooks is None and "redis" in sys.modules:
             # importing it for an app that does not use it would cost start-up time and memory
-            self._hooks = RedisHooks(self, self._patches, OPERATIONS)
+            from redis.exceptions import TimeoutError as RedisTimeoutError
+            from redis.exceptions import WatchError
+
+            self._timeouts = (TimeoutError, RedisTimeoutError)
+            self._conflicts = (WatchError,)
+            self._hooks = RedisHooks(self, self._patches, COMMANDS)
             self._hooks.attach()
 
     def sample(self) -> None:
-        """Attach the hooks to a redis-py that was imported since."""
+        """Attach the hooks to a redis-py that was imported since, and look which fills have ended."""
         if self.writer is not None:
             self._hook()
+            now = perf_counter()
+            for series in tuple(self._series.values()):
+                series.sweep(now)
 
     def close(self) -> None:
         """Put redis-py back as it was. Idempotent."""
@@ -171,107 +131,149 @@ class CacheProbe:
             vars(owner).pop(SERIES_KEY, None)
         self._owners.clear()
 
-    def operation(self, args: Sequence[Any]) -> str:
-        """Return the name under which a command is timed; "" for one that is left alone."""
+    def command(self, args: Sequence[Any]) -> Command | None:
+        """Return the command that is called, however it is written; None for one that is left alone."""
         if self.writer is None:
-            return ""
+            return None
         try:
-            operation = OPERATIONS.get(args[0])
-            if operation is None:
-                command = args[0]
-                text = command.decode("ascii", "replace") if isinstance(command, bytes) else str(command)
-                operation = OPERATIONS.get(text.upper(), "other")
-            return operation
+            word = args[0]
+            try:
+                return COMMANDS[word]
+            except (KeyError, TypeError):
+                return command_of(word)
         except Exception as failure:
-            self.guard.failed(failure)
-            return ""
+            self._failed(failure)
+            return None
 
-    def commands(self, pipeline: Any) -> list[Sequence[Any]]:
+    def commands(self, pipeline: Any) -> Queued:
         """Return what a pipeline is about to send; nothing if none of it belongs to a cache."""
         if self.writer is None:
             return []
         try:
-            commands = queued_commands(pipeline)
-            return commands if any(self.operation(args) for args in commands) else []
+            queued: Queued = []
+            for args in queued_commands(pipeline):
+                command = self.command(args)
+                queued.append(None if command is None else (command, args))
+            return queued if any(queued) else []
         except Exception as failure:
-            self.guard.failed(failure)
+            self._failed(failure)
             return []
 
-    def command_done(self, client: Any, operation: str, args: Sequence[Any], seconds: float, reply: Any) -> None:
-        """Record a command that was answered."""
+    def command_done(
+        self,
+        client: Any,
+        command: Command,
+        args: Sequence[Any],
+        reply: Any,
+        seconds: float,
+        now: float,
+        request: Ledger | None,
+    ) -> None:
+        """Record a command that was answered ``now``, after so many seconds."""
+        try:
+            try:
+                series = client.__dict__["connection_pool"].__dict__[SERIES_KEY]
+                if series.writer is not self.writer:
+                    series = self._series_of(client)
+            except KeyError:
+                series = self._series_of(client)
+            local = series.local
+            if local is not None:
+                served = answered_locally()
+                if served:
+                    local.answered(command, args, reply, seconds, now, request)
+                    return
+                if served is not None:
+                    local.missed_all(command, args)
+            series.answered(command, args, reply, seconds, now, request)
+        except Exception as failure:
+            self._failed(failure)
+
+    def command_failed(
+        self, client: Any, command: Command, args: Sequence[Any], error: Exception, seconds: float
+    ) -> None:
+        """Record a command that raised after so many seconds."""
         try:
             series = self._series_of(client)
-            series.observe(operation, seconds)
-            self._judge(series, operation, args, reply)
+            if series.local is not None:
+                answered_locally()
+            series.observe(command, seconds)
+            series.count_errors(command, args)
+            if isinstance(error, self._timeouts):
+                series.count_timeout()
         except Exception as failure:
-            self.guard.failed(failure)
+            self._failed(failure)
 
-    def command_failed(self, client: Any, operation: str, args: Sequence[Any], seconds: float) -> None:
-        """Record a command that raised."""
-        try:
-            series = self._series_of(client)
-            series.observe(operation, seconds)
-            self._count_errors(series, operation, args)
-        except Exception as failure:
-            self.guard.failed(failure)
-
-    def pipeline_done(self, pipeline: Any, commands: Sequence[Sequence[Any]], seconds: float, replies: Any) -> None:
-        """Record a pipeline, and the look-ups in it by the positions of their replies."""
+    def pipeline_done(
+        self, pipeline: Any, queued: Queued, replies: Any, seconds: float, now: float, request: Ledger | None
+    ) -> None:
+        """Record a pipeline, and the commands in it by the positions of their replies."""
         try:
             series = self._series_of(pipeline)
             series.observe(PIPELINE, seconds)
-            for args, reply in zip(commands, replies, strict=False):
-                self._judge(series, self.operation(args), args, reply)
+            answers = [(*entry, reply) for entry, reply in zip(queued, replies, strict=False) if entry is not None]
+            # what tells an age comes first: GET and PTTL are often sent together, in this order
+            answers.sort(key=lambda answer: answer[0].name not in TELLS_LEFT)
+            for command, args, reply in answers:
+                if isinstance(reply, Exception):
+                    series.count_errors(command, args)
+                else:
+                    series.judge(command, args, reply, now, request)
         except Exception as failure:
-            self.guard.failed(failure)
+            self._failed(failure)
 
-    def pipeline_failed(self, pipeline: Any, commands: Sequence[Sequence[Any]], seconds: float) -> None:
-        """Record a pipeline that raised: none of its look-ups gave the app an answer."""
+    def pipeline_failed(self, pipeline: Any, queued: Queued, error: Exception, seconds: float) -> None:
+        """Record a pipeline that raised: none of its look-ups gave the app an answer.
+
+        A transaction that a watched key put an end to is none of the cache's errors.
+        """
         try:
             series = self._series_of(pipeline)
             series.observe(PIPELINE, seconds)
-            for args in commands:
-                self._count_errors(series, self.operation(args), args)
+            if isinstance(error, self._conflicts):
+                return
+            for entry in queued:
+                if entry is not None:
+                    series.count_errors(*entry)
+            if isinstance(error, self._timeouts):
+                series.count_timeout()
         except Exception as failure:
-            self.guard.failed(failure)
+            self._failed(failure)
 
-    def count(self, cache: str, pattern: str, hit: bool) -> None:
+    def count(self, cache: str, pattern: str, hit: bool, *, stale: bool = False, age: float | None = None) -> None:
         """Count one look-up in a cache inside the process."""
         try:
             if self.writer is not None:
-                results = self._series_named(cache).results(pattern)
-                (results.hit if hit else results.miss).inc()
+                series = self._series_named(cache)
+                results = series.given(pattern)
+                if stale:
+                    results.other("stale").inc()
+                else:
+                    (results.hit if hit else results.miss).inc()
+                if age is not None and 0.0 <= age < float("inf"):
+                    series.serve(age)
         except Exception as failure:
-            self.guard.failed(failure)
+            self._failed(failure)
 
-    def _judge(self, series: CacheSeries, operation: str, args: Sequence[Any], reply: Any) -> None:
-        judge = _JUDGES.get(operation)
-        if judge is None:
-            return
-        first = series.look_up(args[1])
-        if first is None:
-            return
-        if isinstance(reply, Exception):
-            self._count_errors(series, operation, args)
-        elif judge is one:
-            (first.miss if reply is None else first.hit).inc()
-        else:
-            for key, found in judge(args, reply):
-                results = series.results(key)
-                (results.hit if found else results.miss).inc()
+    def invalidated(self, cache: str, pattern: str, number: int) -> None:
+        """Count entries that the app threw away."""
+        try:
+            if self.writer is not None and number > 0:
+                self._series_named(cache).given(pattern).invalidations().inc(number)
+        except Exception as failure:
+            self._failed(failure)
 
-    def _count_errors(self, series: CacheSeries, operation: str, args: Sequence[Any]) -> None:
-        if operation in _JUDGES:
-            for key in keys_of(operation, args):
-                results = series.look_up(key)
-                if results is not None:
-                    results.error().inc()
+    def _failed(self, failure: Exception) -> None:
+        hidden = HiddenError(f"{type(failure).__name__}; what it says is left out, it may hold a key")
+        self.guard.failed(hidden.with_traceback(failure.__traceback__))
 
     def _series_of(self, client: Any) -> CacheSeries:
         owner = client.__dict__.get("connection_pool") or owner_of(client)
         series: CacheSeries | None = owner.__dict__.get(SERIES_KEY)
         if series is None or series.writer is not self.writer:
-            series = self._series_named(self._names.get(owner) or address_of(client))
+            series = self._series_named(self._names.get(owner) or address_of(client)).connected()
+            if series.local is None and keeps_local_cache(owner):
+                series.keep_local()
             setattr(owner, SERIES_KEY, series)
             self._owners.add(owner)
         return series
@@ -288,11 +290,23 @@ class CacheProbe:
         return series
 
 
-def cache_result(name: str, hit: bool, key_pattern: str = "") -> None:
-    """Count one look-up in a cache inside the process, such as a dictionary or ``cachetools``.
+def cache_result(name: str, hit: bool, key_pattern: str = "", *, stale: bool = False, age: float | None = None) -> None:
+    """Count one look-up in a cache of your own, such as a dictionary.
 
     ``name`` is the cache's name, ``key_pattern`` says what was looked up (``org:{}:plan``); a raw key given by
-    mistake is folded to its pattern. Does nothing while nothing is measured.
+    mistake is folded to its pattern. ``stale=True`` says that the entry was served although it was out of date (as
+    while it is renewed, or when its source is down): it counts as ``stale``, whatever ``hit`` says. ``age`` is the
+    time in seconds since the entry that was served was made. Does nothing while nothing is measured.
     """
     if _bound is not None:
-        _bound.count(name, key_pattern, hit)
+        _bound.count(name, key_pattern, hit, stale=stale, age=age)
+
+
+def cache_invalidated(name: str, key_pattern: str = "", count: int = 1) -> None:
+    """Count entries of a cache, of your own or in Redis, that an event made you throw away.
+
+    ``name`` is the cache's name, for a Redis client the one given by ``init(app, caches=...)``; ``key_pattern`` says
+    what was thrown away, ``count`` how many entries. Does nothing while nothing is measured.
+    """
+    if _bound is not None:
+        _bound.invalidated(name, key_pattern, count)

@@ -9,13 +9,12 @@ response that merely comes in pieces is an ordinary one.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from itertools import compress
 from time import perf_counter
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect
 
-from fastapi_headroom.ledger import ACCEPT_QUEUE, STAGES, Ledger, in_flight
+from fastapi_headroom.ledger import Ledger, in_flight
 from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.compressible import SMALLEST, compressible
@@ -33,7 +32,6 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """Status of a request whose client went away before there was a response (the convention of nginx)."""
 INCOMPLETE: Final = "IncompleteResponse"
 """Error type of an app that returned in the middle of its response."""
-ALL_STAGES: Final = range(len(STAGES))
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 _FILES: Final = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
 """Messages with which an app leaves a file to the server to send (extensions of the ASGI specification)."""
@@ -56,12 +54,12 @@ class Exchange:
         "_scope",
         "_send",
         "_series",
+        "_start",
         "_table",
         "began",
         "counted",
         "disconnected",
         "duration",
-        "headers",
         "ledger",
         "recorded",
         "sent",
@@ -86,7 +84,7 @@ class Exchange:
         self._received = 0
         self.ledger = ledger
         self.status = 0
-        self.headers: Headers = ()
+        self._start: Message | None = None
         self.began = 0.0
         """When the response started; 0 before."""
         self.sent = 0
@@ -114,21 +112,23 @@ class Exchange:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Hand a message to the server. Returns its coroutine: only body messages need a frame of ours."""
-        kind = message.get("type")
+        try:
+            kind = message["type"]
+        except Exception:  # whatever it is, the server is to say so
+            return self._send(message)
         if kind == "http.response.body":
             return self._send_body(message)
         if kind == "http.response.start":
             self.began = perf_counter()
             self.status = message.get("status", 0)
-            headers = message.get("headers")
-            if type(headers) is list:  # any other iterable could be read once only, and that is for the server
-                self.headers = headers
+            self._start = message
         elif kind in _FILES:
             return self._send_file(message)
         return self._send(message)
 
     async def _send_body(self, message: Message) -> None:
-        if not message.get("more_body", False):
+        last = not message.get("more_body", False)
+        if last:
             self._count()
         try:
             await self._send(message)
@@ -137,7 +137,7 @@ class Exchange:
             raise
         try:
             self.sent += len(message.get("body", b""))
-            if not message.get("more_body", False):
+            if last:
                 self.complete()
             elif not self.several:
                 self.several = True
@@ -155,7 +155,7 @@ class Exchange:
             self.disconnected = True
             raise
         try:
-            self.sent += message.get("count") or length(self.headers, _DIGITS)
+            self.sent += message.get("count") or length(self._headers(), _DIGITS)
             if last:
                 self.complete()
         except Exception as error:
@@ -164,22 +164,22 @@ class Exchange:
     def _stream_begins(self) -> None:
         # An event stream may stay open for hours: its first byte is reported now.
         if self._is_event_stream():
-            self._table.add_route(self.route()).first_byte(self.began - self.ledger.started)
+            self._table.add_route(self.route()).first_byte.observe(self.began - self.ledger.started)
 
     def _count(self) -> None:
         """Count the outcome before the last byte leaves: who got an answer is counted, be the process killed next."""
         try:
-            if self.counted or self.ledger.finished:
+            ledger, status = self.ledger, self.status
+            if self.counted or ledger.finished:
                 return
-            route, status = self.route(), self.status
             if status < 500:
-                key = (self.ledger.method, route, status, "")
+                key = (ledger.method, ledger.route or self.route(), status, "")
                 series = self._series = self._table.responses.get(key) or self._table.add_response(*key)
-                series.outcome(1.0)
+                series.outcome.inc()
             elif self.disconnected:
                 return  # nobody is there to see it, and it may be an error for the sole reason that the client went
             else:  # of which exception it is comes later
-                self._table.failure(route)(1.0)
+                self._table.failure(self.route())(1.0)
             self.counted = True
         except Exception as error:
             self._guard.failed(error)
@@ -251,39 +251,37 @@ class Exchange:
     def record(self, error_type: str) -> None:
         """Write the request to the store."""
         ledger = self.ledger
-        table = self._table
         series = self._series
         if series is None or error_type:
             key = (ledger.method, ledger.route or self.route(), self.status, error_type)
-            series = table.responses.get(key) or table.add_response(*key)
-        by_route = series.route
-        kind = self._stream_kind() if self.several or self.duration > STREAM_AFTER else ""
-        if kind:
-            by_route.lifetime(kind)(ledger.started + self.duration - self.began)
+            series = self._table.responses.get(key) or self._table.add_response(*key)
+        duration, began, sent = self.duration, self.began, self.sent
+        kind = self._stream_kind() if self.several or duration > STREAM_AFTER else ""
+        if not kind and began:
+            series.write(ledger, duration, began - ledger.started, sent)
         else:
-            seconds = ledger.seconds
-            (series.duration or series.make_duration())(self.duration)
-            if ledger.trace is not None:
-                series.exemplar(self.duration, ledger.trace)
-            by_route.latency(seconds[ACCEPT_QUEUE] + self.duration)
-            stages = by_route.stages
-            for stage in compress(ALL_STAGES, seconds):  # those that are not 0
-                (stages[stage] or by_route.make_stage(stage))(seconds[stage])
-        if self.began and (kind != "sse" or not self.several):
-            by_route.first_byte(self.began - ledger.started)
-        by_route.loop_hold(ledger.longest_step)
-        by_route.queries(ledger.queries)
-        series.response_size(self.sent)
+            first_byte = began - ledger.started if began and (kind != "sse" or not self.several) else None
+            series.write_apart(ledger, None if kind else duration, first_byte, sent)
+            if kind:
+                series.route.lifetime(kind)(ledger.started + duration - began)
+        if ledger.trace is not None and not kind:
+            series.exemplar(duration, ledger.trace)
+        if ledger.rows >= 0:
+            (series.route.rows or series.route.make_rows())(ledger.rows)
         received = self._received or (self._announced() if ledger.method in _WITH_BODY else 0)
         if received:
             (series.request_size or series.make_request_size())(received)
         if not self.counted:
-            series.outcome(1.0)
-        table.count()
+            series.outcome.inc()
         if self.disconnected:
-            by_route.disconnect(1.0)
-        if self.sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self.headers):
-            by_route.compressible(self.sent)
+            series.route.disconnect(1.0)
+        if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers()):
+            series.route.compressible(sent)
+
+    def _headers(self) -> Headers:
+        """Return the response's headers. Any iterable but a list is for the server: it may be read once only."""
+        headers = None if self._start is None else self._start.get("headers")
+        return headers if type(headers) is list else ()
 
     def _announced(self) -> int:
         # A body that nobody read.
@@ -295,7 +293,7 @@ class Exchange:
         if self._is_event_stream():
             return "sse"
         lifetime = self.ledger.started + self.duration - self.began
-        return "stream" if lifetime > STREAM_AFTER and header(self.headers, b"content-length") is None else ""
+        return "stream" if lifetime > STREAM_AFTER and header(self._headers(), b"content-length") is None else ""
 
     def _is_event_stream(self) -> bool:
-        return (header(self.headers, b"content-type") or b"").lower().startswith(b"text/event-stream")
+        return (header(self._headers(), b"content-type") or b"").lower().startswith(b"text/event-stream")

@@ -2,7 +2,8 @@
 
 A pattern is a label, so it must be one of few and must not carry what a key may carry: ids, uuids, hashes, e-mail
 addresses, tokens, arguments. Therefore only what is plainly a word stays; everything else becomes ``{}``. A pattern
-never holds a digit.
+never holds a digit, nor twenty characters in a row that a separator does not divide. What looks like a word and is a
+value (``user:alice``) is found by its number: see ``key_learning``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ MAX_PARTS: Final = 10
 """Parts between separators that are looked at; what follows becomes one placeholder."""
 MAX_KEY: Final = 512
 """Characters that are looked at."""
-_MAX_WORD: Final = 24
+_MAX_LETTERS: Final = 19
+"""Letters without a separator that may be a word; a secret has more."""
+_MAX_RUN: Final = 15
+"""Letters of one case in a row that may be a word."""
 _MAX_KNOWN: Final = 2_000
 
-_SEPARATORS: Final = re.compile(r"([:/|])")
+SEPARATORS: Final = re.compile(r"([:/|])")
 _HASH_TAG: Final = re.compile(r"\{([\w:.\-]*)\}", re.ASCII)
 """What Redis Cluster hashes by: ``user:{123}:name``."""
 _ARGUMENTS: Final = re.compile(r"[(\[{<'\"=,]")
@@ -27,6 +31,10 @@ _UUID: Final = re.compile(r"[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{1
 _WORDS: Final = re.compile(r"[A-Za-z]+(?:[_\-.][A-Za-z]+)*")
 _NUMBERED: Final = re.compile(r"([A-Za-z]+(?:[_\-.][A-Za-z]+)*[_\-.])(?:\d+|\{\})")
 _LETTERS_OF_HEX: Final = re.compile(r"[a-fA-F]{8,}")
+_CASES: Final = re.compile(
+    rf"[A-Z]{{1,{_MAX_RUN}}}|[a-z]{{1,{_MAX_RUN}}}|(?:[A-Z]{{2,4}}|[A-Z]?[a-z]+)(?:[A-Z][a-z]+)*"
+)
+"""How words are written: in one case, or in humps that begin with a capital."""
 _HUMP: Final = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
 
 _words: set[str] = set()
@@ -57,7 +65,7 @@ def fold(key: object) -> str:
 
 
 def _fold_slowly(text: str) -> str:
-    parts = _SEPARATORS.split(_HASH_TAG.sub(lambda tag: tag[1] or PLACE, text))
+    parts = SEPARATORS.split(_HASH_TAG.sub(lambda tag: tag[1] or PLACE, text))
     folded: list[str] = []
     for index, part in enumerate(parts):
         if index % 2:
@@ -88,6 +96,9 @@ def _fold_part(part: str) -> str:
 
 def _is_word(letters: str) -> bool:
     """Tell a word from a token: not too long, not hexadecimal, and no case that jumps as it does in base64."""
-    if len(letters) > _MAX_WORD or _LETTERS_OF_HEX.fullmatch(letters):
+    if len(letters) > _MAX_LETTERS or _LETTERS_OF_HEX.fullmatch(letters) or not _CASES.fullmatch(letters):
         return False
-    return len(letters) < 8 or 3 * len(_HUMP.findall(letters)) <= len(letters)
+    humps = _HUMP.findall(letters)
+    if max(map(len, humps)) > _MAX_RUN:
+        return False
+    return len(letters) < 8 or 3 * len(humps) <= len(letters)

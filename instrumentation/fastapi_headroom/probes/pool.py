@@ -22,6 +22,7 @@ from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.leaks import Leaks
 from fastapi_headroom.probes.long_holds import LongHolds
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.patches import Patches
@@ -51,6 +52,7 @@ class PoolProbe:
         self.guard = Guard(self.name)
         self.statements = Statements(self.guard)
         self.long_holds = LongHolds(settings.hold_threshold)
+        self.leaks = Leaks(settings.hold_threshold)
         self.epoch: object | None = None
         """The current run, None while not bound. After a fork what was made in the parent is of another epoch."""
         self._writer: Writer | None = None
@@ -91,6 +93,7 @@ class PoolProbe:
         self.guard.bind(writer)
         self.statements.bind(writer)
         self.long_holds.rearm()
+        self.leaks.rearm()
         self.epoch = object()
         self._hook()
         for engine in list(self._engines):
@@ -147,6 +150,7 @@ class PoolProbe:
         for name, counts in totals.items():
             self._series[name].write(counts)
         self.long_holds.look(states)
+        self.leaks.look(states)
 
     def state_of(self, pool: Any, engine: Any = None) -> PoolState | None:
         """Return the state that hangs on ``pool``, made at its first sight. None while not bound."""
@@ -159,6 +163,7 @@ class PoolProbe:
         with self._lock:
             series = self._series_named(self._names.get(pool._dialect) or derive_name(pool, engine))
             queue = series.limited() if isinstance(pool, QueuePool) else None
+            series.announce(pool)
             state = PoolState(epoch, series, queue, bool(getattr(pool, "_is_asyncio", False)))
             setattr(pool, STATE_KEY, state)
             self._pools.add(pool)

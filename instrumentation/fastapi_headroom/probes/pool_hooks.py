@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection
 from time import perf_counter
 from types import FrameType
@@ -29,6 +30,8 @@ class PoolHooks:
     def __init__(self, probe: PoolProbe, patches: Patches) -> None:
         self.probe = probe
         self._patches = patches
+        self._ping_failed: type[BaseException] | tuple[()] = ()
+        """What SQLAlchemy raises, and catches, when a connection fails its pre-ping."""
         self._listeners = (
             ("detach", self._detach),
             ("invalidate", self._invalidate),
@@ -39,9 +42,11 @@ class PoolHooks:
     def attach(self) -> None:
         """Wrap checkout, wait and connection making, and listen to the events of all pools."""
         from sqlalchemy import event
+        from sqlalchemy.exc import InvalidatePoolError
         from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
         from sqlalchemy.pool.base import _ConnectionRecord
 
+        self._ping_failed = InvalidatePoolError
         wrap = self._patches.wrap
         wrap(Pool, "connect", self._wrap_connect)
         wrap(SingletonThreadPool, "connect", self._wrap_connect)
@@ -155,6 +160,12 @@ class PoolHooks:
             wait = state.waiting.pop(who(), None)
             if wait is not None:  # it does not wait for a connection any more, it makes one
                 probe.end_wait(state, *wait)
+            try:
+                reason = _replaced(sys._getframe(1), record)
+                if reason is not None:
+                    state.series.recycles(reason).inc()
+            except Exception as failure:
+                probe.guard.failed(failure)
             request = ledger.current.get()
             if request is not None:
                 request.enter(ledger.DB)
@@ -189,9 +200,16 @@ class PoolHooks:
             self.probe.end_hold(hold)
 
     def _invalidate(self, dbapi_connection: Any, record: Any, exception: BaseException | None) -> None:
-        state = vars(record._ConnectionRecord__pool).get(STATE_KEY)
-        if state is not None and state.epoch is self.probe.epoch:
+        try:
+            pool = record._ConnectionRecord__pool
+            state = vars(pool).get(STATE_KEY)
+            if state is None or state.epoch is not self.probe.epoch:
+                return
             state.series.invalidations.inc()
+            if pool._pre_ping and isinstance(exception, self._ping_failed):
+                state.series.ping_failures().inc()
+        except Exception as failure:
+            self.probe.guard.failed(failure)
 
 
 def _identify(otherwise: Callable[[], Any] = threading.get_ident) -> Callable[[], Any]:
@@ -205,6 +223,17 @@ def _identify(otherwise: Callable[[], Any] = threading.get_ident) -> Callable[[]
         return otherwise
     current: Callable[[], Any] = greenlet.getcurrent
     return current
+
+
+def _replaced(frame: FrameType, record: Any) -> str | None:
+    """Return why ``get_connection`` has closed a connection before it opens one anew: age or invalidated.
+
+    None if it did not: what was invalidated by an error has been closed, and counted, before.
+    """
+    if frame.f_code.co_name != "get_connection" or not frame.f_locals.get("recycle"):
+        return None
+    oldest = record._ConnectionRecord__pool._recycle
+    return "age" if -1 < oldest < time.time() - record.starttime else "invalidated"
 
 
 def _engine_above(frame: FrameType | None, pool: Any) -> Any:

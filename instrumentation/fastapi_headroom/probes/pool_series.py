@@ -9,6 +9,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.checkout_site import Holder, Site
 from fastapi_headroom.store.writer import Counter, Gauge, Histogram, Writer
+from fastapi_headroom.thresholds import CONNECTION_BYTES
 
 OUTSIDE: Final = "_outside"
 """The route of what runs outside any request: start-up, background loops, workers of a queue."""
@@ -71,6 +72,28 @@ class PoolSeries:
         if self.queue is None:
             self.queue = QueueSeries(self._writer, self.name)
         return self.queue
+
+    def announce(self, pool: Any) -> None:
+        """Make the series of what a pool is set up to do, and write what its connections cost the server."""
+        if pool._pre_ping:
+            self.ping_failures()
+        if pool._recycle > -1:
+            self.recycles("age")
+        size = CONNECTION_BYTES.get(getattr(pool._dialect, "name", ""))
+        if size is not None:
+            self._writer.gauge(catalog.CONNECTION_BYTES, self.name).set(size)
+
+    def ping_failures(self) -> Counter:
+        """Return the counter of connections that failed their pre-ping."""
+        return self._writer.counter(catalog.POOL_PING_FAILURES, self.name)
+
+    def recycles(self, reason: str) -> Counter:
+        """Return the counter of connections replaced in good order: reason age or invalidated."""
+        return self._writer.counter(catalog.POOL_RECYCLES, self.name, reason)
+
+    def leaked(self, route: str) -> Gauge:
+        """Return the gauge of connections that nobody is left to give back."""
+        return self._writer.gauge(catalog.POOL_LEAKED, self.name, route)
 
     def route(self, ledger: Ledger | None) -> RouteSeries:
         """Return the counters of the route that ``ledger`` belongs to."""

@@ -46,8 +46,11 @@ class QueueProbe:
         catalog.PROCESS_DURATION,
         catalog.PUBLISH_DURATION,
         catalog.QUEUE_RETRIES,
+        catalog.QUEUE_CONSUMERS,
         catalog.BACKGROUND_TASKS,
         catalog.BACKGROUND_TASK_DURATION,
+        catalog.BACKGROUND_TASK_WAIT,
+        catalog.BACKGROUND_TASK_FAILURES,
     )
 
     def __init__(self, settings: Settings) -> None:
@@ -65,8 +68,11 @@ class QueueProbe:
         self._look_for_libraries()
 
     def sample(self) -> None:
-        """Attach to the libraries that the process imported since."""
+        """Attach to the libraries that the process imported since; let hooks that sample do so."""
         self._look_for_libraries()
+        for hooks in list(self._hooks.values()):
+            if (sample := getattr(hooks, "sample", None)) is not None:
+                sample()
 
     def close(self) -> None:
         """Detach from all of them."""
@@ -96,13 +102,14 @@ def _imported(module: str, attributes: Iterable[str]) -> bool:
 
 
 def install_worker(bind: Callable[[], None], shutdown: Callable[[], None]) -> None:
-    """Call ``bind`` in each process that runs a Celery worker's jobs, and ``shutdown`` when it ends.
+    """Call ``bind`` in each process of a Celery worker, and ``shutdown`` when it ends.
 
-    That is each child of a prefork pool, and the worker's own process for the solo, threads, gevent and
-    eventlet pools. The parent of a prefork pool runs no jobs, so it is left alone. ``bind`` may be called
-    twice in one process. Raises ImportError when Celery is not installed.
+    That is the main process once it takes jobs, and each child of a prefork pool. ``bind`` may be called twice in
+    one process. Raises ImportError when Celery is not installed.
     """
     from celery import signals
+
+    from fastapi_headroom.probes.queue_adapters import celery_worker
 
     bound_here = False
 
@@ -112,8 +119,8 @@ def install_worker(bind: Callable[[], None], shutdown: Callable[[], None]) -> No
         bind()
 
     def ready(sender: Any = None, **_: Any) -> None:
-        if type(getattr(sender, "pool", None)).__module__ != "celery.concurrency.prefork":
-            begin()
+        celery_worker.serve(sender)
+        begin()
 
     def end(**_: Any) -> None:
         nonlocal bound_here

@@ -11,6 +11,8 @@ import threading
 import weakref
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Awaitable, Callable, Iterable
+from time import perf_counter
+from types import CoroutineType
 from typing import Any, ClassVar
 
 from fastapi import FastAPI
@@ -19,7 +21,8 @@ from starlette.applications import Starlette
 
 from fastapi_headroom import catalog, holds
 from fastapi_headroom.catalog import Metric
-from fastapi_headroom.driver import Driven
+from fastapi_headroom.driver import Begun, Driven
+from fastapi_headroom.holds import SHORT, note_step
 from fastapi_headroom.ledger import Ledger, current, in_flight
 from fastapi_headroom.probes import arrival, routes
 from fastapi_headroom.probes.base import Guard
@@ -107,6 +110,7 @@ class RequestProbe:
         if not self.enabled:
             return
         self.guard.bind(writer)
+        self._ask_again()
         self._table = Table(writer, self._add_routes)
         self._add_routes()
         self.sample()
@@ -122,6 +126,7 @@ class RequestProbe:
 
     def rearm(self) -> None:
         """Forget a parent process: the first scope calls ``on_first_serve`` again."""
+        self._ask_again()
         self._table = None
         self._loop = None
         in_flight.clear()
@@ -130,6 +135,7 @@ class RequestProbe:
 
     def close(self) -> None:
         """Put everything back. The apps go on, unmeasured."""
+        self._ask_again()
         self._table = None
         self._apps.clear()
         self._unwrap_classes()
@@ -171,42 +177,81 @@ class RequestProbe:
         apps = self._apps
         make_exchange = exchange_class(self._settings)
         trusts_header = self._settings.trust_request_start
+        guard = self.guard
 
         async def __call__(app: Any, scope: Any, receive: Any, send: Any) -> Any:  # noqa: N807
             # A coroutine function, because servers ask whether it is one.
             measured = apps.get(id(app))
             if measured is None or SCOPE_KEY in scope:
                 return await original(app, scope, receive, send)
-            if not self._served:
-                self._first_serve(scope["type"])
-            if self._loop is not (loop := running_loop()):
-                self._enter_loop(loop)
-            table = self._table
-            if measured.new and table is not None:
-                self._look_at(measured, table)
-                measured.new = scope["type"] == "lifespan"  # where routes are added too
-            if table is None or scope["type"] != "http" or (self._excludes and self._is_excluded(scope)):
-                return await self._serve_other(measured, original, app, scope, receive, send)
+            table = measured.table
+            if table is None or measured.loop is not running_loop() or scope["type"] != "http":
+                table = self._table_for(measured, scope)
+                if table is None:
+                    return await self._serve_other(measured, original, app, scope, receive, send)
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
             ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
             if trusts_header or ledger.started < holds.until:
                 arrival.note(ledger, scope, receive, trusts_header)
-            exchange = make_exchange(table, self.guard, ledger, scope, receive, send)
-            outer = current.get()
-            current.set(ledger)
+            exchange = make_exchange(table, guard, ledger, scope, receive, send)
+            token = current.set(ledger)
             try:
-                return await Driven(original(app, scope, exchange.receive, exchange.send), ledger)
+                served = original(app, scope, exchange.receive, exchange.send)
+                if type(served) is not CoroutineType:
+                    return await Driven(served, ledger)
+                # The first step is run here: most requests have no other, and the driver's machinery costs more.
+                ledger.stepping = True
+                try:
+                    awaited = served.send(None)
+                except StopIteration as done:
+                    return done.value
+                finally:
+                    ledger.stepping = False
+                    now = perf_counter()
+                    if not ledger.finished:
+                        ledger.charge_step(now)
+                    if now - ledger.started >= SHORT:
+                        note_step(ledger.started, now)
+                return await Begun(served, ledger, awaited)
             except BaseException as error:
                 exchange.exit(error)
                 raise
             finally:
-                current.set(outer)  # not reset(): a coroutine that is thrown away is closed in another context
+                try:
+                    current.reset(token)
+                except ValueError:
+                    pass  # a coroutine that is thrown away is closed in another context
                 if not exchange.recorded:
                     exchange.exit(None)
 
         __call__.__wrapped__ = original  # type: ignore[attr-defined]
         return __call__
+
+    def _table_for(self, measured: _Measured, scope: Any) -> Table | None:
+        """Return the table to count a request in; None for what is not to be counted as one.
+
+        Notes in ``measured`` when the next requests need not ask.
+        """
+        kind = scope["type"]
+        if not self._served:
+            self._first_serve(kind)
+        if self._loop is not (loop := running_loop()):
+            self._enter_loop(loop)
+        table = self._table
+        if measured.new and table is not None:
+            self._look_at(measured, table)
+            measured.new = kind == "lifespan"  # where routes are added too
+        if table is None or kind != "http" or (self._excludes and self._is_excluded(scope)):
+            return None
+        if self._served and self._loop is loop and not self._excludes:
+            measured.table, measured.loop = table, loop
+        return table
+
+    def _ask_again(self) -> None:
+        """Have the next request of each app look at what may have changed."""
+        for measured in list(self._apps.values()):
+            measured.table = measured.loop = None
 
     async def _serve_other(
         self, measured: _Measured, original: Call, app: Any, scope: Any, receive: Any, send: Any
@@ -265,6 +310,7 @@ class RequestProbe:
         if loop is None or (before is not None and before.is_running()):
             return
         self._loop = loop
+        self._ask_again()
         if self._table is not None:
             self._guarded(self._tasks.attach, loop)
         if self._on_new_loop is not None:
@@ -293,7 +339,7 @@ class RequestProbe:
 class _Measured:
     """What the probe knows of one app."""
 
-    __slots__ = ("app", "new", "served_by", "stand_aside")
+    __slots__ = ("app", "loop", "new", "served_by", "stand_aside", "table")
 
     def __init__(self, app: Callable[[], Any], served_by: Any) -> None:
         self.app = app
@@ -302,6 +348,9 @@ class _Measured:
         self.stand_aside = False
         self.new = True
         """It has served no request yet."""
+        self.table: Table | None = None
+        """Where its requests on ``loop`` are counted; None when a request must ask ``_table_for``."""
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def telemetry_dormant(self, keep: bool, owns_tracing: bool) -> bool:
         """Return whether FastAPI's own telemetry may be told to stand aside.

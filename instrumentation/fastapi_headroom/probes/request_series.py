@@ -6,14 +6,17 @@ routes to templates, which the caller owes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import compress
 from typing import Final
 
 from fastapi_headroom import catalog
-from fastapi_headroom.ledger import ON_LOOP, OTHER, STAGES
+from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, STAGES, Ledger
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
-from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.store.handles import gil_enabled
+from fastapi_headroom.store.writer import Counter, Histogram, Writer
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
@@ -22,6 +25,7 @@ _BODYLESS: Final = frozenset({"204", "304"})
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
 CLOSE_REASONS: Final = ("normal", "abnormal", "error", "rejected")
+_ALL_STAGES: Final = range(len(STAGES))
 
 Write = Callable[[float], None]
 
@@ -38,27 +42,34 @@ class RouteSeries:
         "latency",
         "loop_hold",
         "queries",
+        "rows",
         "stages",
     )
 
     def __init__(self, writer: Writer, route: str) -> None:
         self._writer = writer
         self._route = route
-        self.latency: Write = writer.histogram(catalog.REQUEST_LATENCY, route).observe
-        self.first_byte: Write = writer.histogram(catalog.TIME_TO_FIRST_BYTE, route).observe
-        self.loop_hold: Write = writer.histogram(catalog.LOOP_HOLD, route).observe
-        self.queries: Write = writer.histogram(catalog.REQUEST_QUERIES, route).observe
+        self.latency: Histogram = writer.histogram(catalog.REQUEST_LATENCY, route)
+        self.first_byte: Histogram = writer.histogram(catalog.TIME_TO_FIRST_BYTE, route)
+        self.loop_hold: Histogram = writer.histogram(catalog.LOOP_HOLD, route)
+        self.queries: Histogram = writer.histogram(catalog.REQUEST_QUERIES, route)
+        self.rows: Write | None = None
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
         self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
-        self.stages: list[Write | None] = [None] * len(STAGES)
+        self.stages: list[Counter | None] = [None] * len(STAGES)
         """The counters of the stages in which the route has had time."""
         self.make_stage(ON_LOOP)
         self.make_stage(OTHER)
 
-    def make_stage(self, stage: int) -> Write:
+    def make_stage(self, stage: int) -> Counter:
         """Return the counter of a stage, made when the route first has time there."""
-        write = self.stages[stage] = self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage]).inc
-        return write
+        counter = self.stages[stage] = self._writer.counter(catalog.REQUEST_STAGE, self._route, STAGES[stage])
+        return counter
+
+    def make_rows(self) -> Write:
+        """Return the histogram of rows, made when a driver first tells a number."""
+        self.rows = self._writer.histogram(catalog.REQUEST_ROWS, self._route).observe
+        return self.rows
 
     def lifetime(self, kind: str) -> Write:
         """Return the histogram of stream lifetimes: kind sse or stream."""
@@ -68,33 +79,128 @@ class RouteSeries:
 class ResponseSeries:
     """What is kept per method, route, status and error type, and the way to the route's series."""
 
-    __slots__ = ("_histogram", "_writer", "duration", "labels", "outcome", "request_size", "response_size", "route")
+    __slots__ = ("_bodyless", "_handles", "_requests", "_writer", "labels", "outcome", "request_size", "response_size",
+                 "route")  # fmt: skip
 
     def __init__(self, writer: Writer, route: RouteSeries, labels: tuple[str, str, str, str], outcome: str) -> None:
         method, template, status, _ = self.labels = labels
         self._writer = writer
         self.route = route
-        self.duration: Write | None = None
-        self.outcome: Write = writer.counter(catalog.REQUESTS, template, outcome).inc
-        size: Write = writer.histogram(catalog.RESPONSE_BODY_SIZE, method, template).observe
+        self.outcome: Counter = writer.counter(catalog.REQUESTS, template, outcome)
+        self._requests = writer.counter(catalog.WORKER_REQUESTS, writer.worker)
+        self.response_size: Histogram = writer.histogram(catalog.RESPONSE_BODY_SIZE, method, template)
         # Apps hand over a body here too, and servers drop it.
-        self.response_size: Write = (lambda _: size(0.0)) if method == "HEAD" or status in _BODYLESS else size
+        self._bodyless = method == "HEAD" or status in _BODYLESS
         self.request_size: Write | None = None
+        self._handles: tuple[Histogram, Histogram, Histogram, Histogram, Histogram, Histogram] | None = None
 
-    def make_duration(self) -> Write:
-        """Return the histogram of durations, made with the first one: a route that only streams has none."""
-        self._histogram = self._writer.histogram(catalog.REQUEST_DURATION, *self.labels)
-        self.duration = self._histogram.observe
-        return self.duration
+    def write(self, ledger: Ledger, duration: float, first_byte: float, sent: int) -> None:
+        """Write a request that was answered, and whose response was no stream; times in seconds, size in bytes.
+
+        Its outcome, and what few requests have, is written apart. This is what ``observe`` and ``inc`` of each handle
+        would do, in one go: the calls would cost as much again.
+        """
+        handles = self._handles or self._make_handles()
+        by_duration, by_latency, by_first_byte, by_hold, by_queries, by_size = handles
+        requests, stages, seconds = self._requests, self.route.stages, ledger.seconds
+        on_loop = stages[ON_LOOP] or self.route.make_stage(ON_LOOP)
+        hold, queries, accepted = ledger.longest_step, ledger.queries, seconds[ACCEPT_QUEUE]
+        if self._bodyless:
+            sent = 0
+        # The bounds of the three times are the same, so a short duration tells the bucket of all.
+        cell_d = bisect_left(by_duration.bounds, duration)
+        cell_l = bisect_left(by_latency.bounds, accepted + duration) if accepted else cell_d
+        cell_f = bisect_left(by_first_byte.bounds, first_byte) if cell_d else 0
+        cell_h = bisect_left(by_hold.bounds, hold)
+        cell_q = bisect_left(by_queries.bounds, queries) if queries else 0
+        cell_s = bisect_left(by_size.bounds, sent)
+        # No call from here on: each handle's part is one uninterrupted step, also while the handle moves elsewhere.
+        view = by_duration.view
+        view[by_duration.mark] = 1.0
+        view[by_duration.cells[cell_d]] += 1.0
+        view[by_duration.index] += duration
+        view = by_latency.view
+        view[by_latency.mark] = 1.0
+        view[by_latency.cells[cell_l]] += 1.0
+        view[by_latency.index] += accepted + duration
+        view = by_first_byte.view
+        view[by_first_byte.mark] = 1.0
+        view[by_first_byte.cells[cell_f]] += 1.0
+        view[by_first_byte.index] += first_byte
+        view = by_hold.view
+        view[by_hold.mark] = 1.0
+        view[by_hold.cells[cell_h]] += 1.0
+        view[by_hold.index] += hold
+        view = by_queries.view
+        view[by_queries.mark] = 1.0
+        view[by_queries.cells[cell_q]] += 1.0
+        if queries:
+            view[by_queries.index] += queries
+        view = by_size.view
+        view[by_size.mark] = 1.0
+        view[by_size.cells[cell_s]] += 1.0
+        view[by_size.index] += sent
+        requests.view[requests.index] += 1.0
+        on_loop.view[on_loop.index] += seconds[ON_LOOP]
+        if ledger.waited or seconds[OTHER]:
+            self._write_stages(seconds)
+
+    def _write_stages(self, seconds: list[float]) -> None:
+        """Write the stages besides ``on_loop``."""
+        stages = self.route.stages
+        for stage in compress(_ALL_STAGES, seconds):  # those that are not 0
+            if stage != ON_LOOP:
+                (stages[stage] or self.route.make_stage(stage)).inc(seconds[stage])
+
+    def _make_handles(self) -> tuple[Histogram, Histogram, Histogram, Histogram, Histogram, Histogram]:
+        """Make the histogram of durations, with the first one: a route that only streams has none."""
+        route = self.route
+        handles = self._handles = (
+            self._writer.histogram(catalog.REQUEST_DURATION, *self.labels),
+            route.latency,
+            route.first_byte,
+            route.loop_hold,
+            route.queries,
+            self.response_size,
+        )
+        return handles
+
+    def write_apart(self, ledger: Ledger, duration: float | None, first_byte: float | None, sent: int) -> None:
+        """Write the same through each handle by itself; None for what is not to be written.
+
+        A stream has no duration, latency and stages; a first byte was written before, or never came.
+        """
+        route, seconds = self.route, ledger.seconds
+        if duration is not None:
+            (self._handles or self._make_handles())[0].observe(duration)
+            route.latency.observe(seconds[ACCEPT_QUEUE] + duration)
+            for stage in compress(_ALL_STAGES, seconds):
+                (route.stages[stage] or route.make_stage(stage)).inc(seconds[stage])
+        if first_byte is not None:
+            route.first_byte.observe(first_byte)
+        route.loop_hold.observe(ledger.longest_step)
+        route.queries.observe(ledger.queries)
+        self.response_size.observe(0 if self._bodyless else sent)
+        self._requests.inc()
 
     def exemplar(self, duration: float, trace: tuple[int, int]) -> None:
         """Keep the trace of a request whose duration was observed as an example of such requests."""
-        self._writer.exemplar(self._histogram, duration, *trace)
+        self._writer.exemplar((self._handles or self._make_handles())[0], duration, *trace)
 
     def make_request_size(self) -> Write:
         """Return the histogram of request bodies, made with the first body."""
         self.request_size = self._writer.histogram(catalog.REQUEST_BODY_SIZE, *self.labels[:2]).observe
         return self.request_size
+
+
+class LockedResponseSeries(ResponseSeries):
+    """The same for builds without the GIL, where each handle takes the lock."""
+
+    __slots__ = ()
+    write = ResponseSeries.write_apart
+
+
+_RESPONSE_SERIES: Final = ResponseSeries if gil_enabled() else LockedResponseSeries
 
 
 class WebSocketSeries:
@@ -126,7 +232,7 @@ class Table:
         self._bounded = BoundedNames(MAX_ERROR_TYPES)
         self.responses: dict[tuple[str, str, int, str], ResponseSeries] = {}
         """By method, route, status and error type as the request has them."""
-        self.count: Callable[[], None] = writer.counter(catalog.WORKER_REQUESTS, writer.worker).inc
+        writer.counter(catalog.WORKER_REQUESTS, writer.worker)  # there from the start
         self.active: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
         """By method: what raises and what lowers the number of requests in flight."""
 
@@ -174,5 +280,5 @@ class Table:
         key = (method, route, status if standard else 0, bounded)
         series = self.responses.get(key)
         if series is None:
-            series = self.responses[key] = ResponseSeries(self._writer, self.add_route(route), labels, outcome)
+            series = self.responses[key] = _RESPONSE_SERIES(self._writer, self.add_route(route), labels, outcome)
         return series

@@ -24,6 +24,8 @@ REST = "/{path}"
 
 Note = Callable[[Any, Any, Ledger], None]
 Handle = Callable[[Any, Any, Any, Any], Awaitable[None]]
+Failed = Callable[[BaseException], None]
+Wrap = Callable[[Handle, Failed], Handle]
 
 
 def templates(routes: Iterable[Any], prefix: str = "", *, websocket: bool = False) -> Iterator[str]:
@@ -51,18 +53,6 @@ def templates(routes: Iterable[Any], prefix: str = "", *, websocket: bool = Fals
             yield prefix + route.path_format
 
 
-def _note_route(route: Any, scope: Any, ledger: Ledger) -> None:
-    if not ledger.route:
-        ledger.route = ledger.prefix + route.path_format
-
-
-def _note_api_route(route: Any, scope: Any, ledger: Ledger) -> None:
-    # One APIRoute may be included several times under different prefixes: the scope knows under which it matched.
-    context = _effective_context(scope)
-    source = context if context is not None and context.original_route is route else route
-    ledger.route = ledger.prefix + source.path_format
-
-
 def _note_mount(mount: Any, scope: Any, ledger: Ledger) -> None:
     ledger.prefix += mount.path_format.removesuffix(REST)
     if not mount.routes:
@@ -73,20 +63,6 @@ def _note_frontend(group: Any, scope: Any, ledger: Ledger) -> None:
     # Static files served by router.frontend(): the path is a literal prefix, and then a file's name.
     inner = scope["fastapi"]["frontend_path"]
     ledger.route = ledger.prefix + get_route_path(scope).removesuffix(inner).rstrip("/") + REST
-
-
-def _effective_context(scope: Any) -> Any:
-    state = scope.get("fastapi")
-    return state.get("effective_route_context") if state else None
-
-
-_NOTES: tuple[tuple[type[Any] | None, Note], ...] = (
-    (routing.Route, _note_route),
-    (routing.WebSocketRoute, _note_route),
-    (routing.Mount, _note_mount),
-    (fastapi.routing.APIRoute, _note_api_route),
-    (getattr(fastapi.routing, "_FrontendRouteGroup", None), _note_frontend),
-)
 
 
 class _Hooks:
@@ -103,11 +79,12 @@ class _Hooks:
                 return
             self._guards.append(guard)
             if not self._put_on:
-                for cls, note in _NOTES:
+                for cls, wrap in _WRAPS:
                     # FastAPI before include contexts inherits Route.handle, which is wrapped already
                     if cls is not None and "handle" in vars(cls):
                         original = cls.handle
-                        cls.handle = wrapper = self._wrap(original, note)
+                        cls.handle = wrapper = wrap(original, self._failed)
+                        wrapper.__wrapped__ = original  # type: ignore[attr-defined]
                         self._put_on.append((cls, original, wrapper))
 
     def detach(self, guard: Guard) -> None:
@@ -120,24 +97,69 @@ class _Hooks:
                         cls.handle = original
                 self._put_on.clear()
 
-    def _wrap(self, original: Handle, note: Note) -> Handle:
-        guards = self._guards
+    def _failed(self, error: BaseException) -> None:
+        for guard in self._guards:
+            guard.failed(error)
 
-        # Not a coroutine function but one that returns the coroutine: no frame of ours stays on the stack.
+
+# Not coroutine functions but ones that return the coroutine: no frame of ours stays on the stack. Every request passes
+# through the first two, so they are written out.
+def _wrap_api_route(original: Handle, failed: Failed) -> Handle:
+    def handle(route: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        ledger = scope.get(SCOPE_KEY)
+        if ledger is not None:
+            try:
+                # One APIRoute may be included several times under different prefixes: the scope knows under which
+                # it matched.
+                state = scope.get("fastapi")
+                context = state.get("effective_route_context") if state else None
+                if context is not None and context.original_route is route:
+                    ledger.route = ledger.prefix + context.path_format
+                else:
+                    ledger.route = ledger.prefix + route.path_format
+            except Exception as error:
+                failed(error)
+        return original(route, scope, receive, send)
+
+    return handle
+
+
+def _wrap_route(original: Handle, failed: Failed) -> Handle:
+    def handle(route: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        ledger = scope.get(SCOPE_KEY)
+        if ledger is not None and not ledger.route:  # an APIRoute has noted its own
+            try:
+                ledger.route = ledger.prefix + route.path_format
+            except Exception as error:
+                failed(error)
+        return original(route, scope, receive, send)
+
+    return handle
+
+
+def _wrap_other(note: Note) -> Wrap:
+    def wrap(original: Handle, failed: Failed) -> Handle:
         def handle(route: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
             ledger = scope.get(SCOPE_KEY)
             if ledger is not None:
                 try:
                     note(route, scope, ledger)
                 except Exception as error:
-                    for guard in guards:
-                        guard.failed(error)
+                    failed(error)
             return original(route, scope, receive, send)
 
-        handle.__wrapped__ = original  # type: ignore[attr-defined]
         return handle
 
+    return wrap
 
+
+_WRAPS: tuple[tuple[type[Any] | None, Wrap], ...] = (
+    (routing.Route, _wrap_route),
+    (routing.WebSocketRoute, _wrap_route),
+    (routing.Mount, _wrap_other(_note_mount)),
+    (fastapi.routing.APIRoute, _wrap_api_route),
+    (getattr(fastapi.routing, "_FrontendRouteGroup", None), _wrap_other(_note_frontend)),
+)
 _hooks = _Hooks()
 attach = _hooks.attach
 detach = _hooks.detach

@@ -26,6 +26,8 @@ OPERATIONS: Final = frozenset({
     "CREATE", "ALTER", "DROP", "TRUNCATE", "VACUUM", "ANALYZE", "REFRESH", "GRANT", "REVOKE", "LISTEN", "NOTIFY",
 })  # fmt: skip
 """The values of ``db_operation_name``; any other statement is OTHER."""
+UNKNOWN: Final = 1 << 62
+"""Rows from which on a number is none: MySQL's drivers say 2**64 - 1 of a result that they have not read."""
 MAX_ERROR_TYPES: Final = 30
 MAX_TEXTS: Final = 1_000
 """Texts of statements per database system whose series is remembered; SQLAlchemy keeps 500 by default."""
@@ -70,15 +72,17 @@ class Statements:
         from sqlalchemy.engine.base import Connection
         from sqlalchemy.engine.default import DefaultDialect
 
-        patches.wrap(Connection, "_exec_single_context", self._wrap_context)
-        patches.wrap(Connection, "_exec_insertmany_context", self._wrap_context)
+        patches.wrap(Connection, "_exec_single_context", lambda original: self._wrap_context(original, tells=True))
+        patches.wrap(Connection, "_exec_insertmany_context", lambda original: self._wrap_context(original, tells=False))
         patches.wrap(Connection, "_cursor_execute", self._wrap_cursor)
         patches.wrap(Connection, "_commit_impl", lambda original: self._wrap_transaction(original, "COMMIT"))
         patches.wrap(Connection, "_rollback_impl", lambda original: self._wrap_transaction(original, "ROLLBACK"))
         patches.wrap(DefaultDialect, "_do_ping_w_event", self._wrap_ping)
 
-    def _wrap_context(self, original: Any) -> Any:
+    def _wrap_context(self, original: Any, *, tells: bool) -> Any:
+        """Time a statement. ``tells`` is whether its cursor's ``rowcount`` is the number of rows that it gave back."""
         current, now, finish, repeated = ledger.current.get, perf_counter, self._finish, self.repeats.note
+        guard = self.guard
         many, last = REPEATED_STATEMENTS, LAST
 
         def execute(connection: Any, dialect: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +96,15 @@ class Statements:
             error = ""
             started = now()
             try:
-                return original(connection, dialect, context, *args, **kwargs)
+                result = original(connection, dialect, context, *args, **kwargs)
+                if tells and request is not None:
+                    try:
+                        rows = context.cursor.rowcount if result._metadata.returns_rows else -1
+                        if 0 <= rows < UNKNOWN:
+                            request.rows = rows if request.rows < 0 else request.rows + rows
+                    except Exception as failure:
+                        guard.failed(failure)
+                return result
             except BaseException as raised:
                 error = type(raised).__name__
                 raise

@@ -70,6 +70,11 @@ def sampled() -> tuple[int, int] | None:
     return (context.trace_id, context.span_id) if context.trace_flags.sampled else None
 
 
+def starter() -> Callable[..., Span] | None:
+    """Return what starts a span (as a tracer's ``start_span``), None when tracing is off."""
+    return _start_span
+
+
 def inject(carrier: MutableMapping[str, Any]) -> None:
     """Write the current trace context (W3C ``traceparent`` by default) into ``carrier``; nothing when off."""
     if _inject is not None:

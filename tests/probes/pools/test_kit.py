@@ -19,6 +19,8 @@ from fastapi_headroom.store.writer import Writer
 from tests.probes.pools import libraries
 from tests.probes.pools.libraries import Library
 
+pytestmark = pytest.mark.alone
+
 POOL = "db_client_connection_pool_name"
 WAIT = "db_client_connection_wait_time_seconds"
 HOLD = 0.1

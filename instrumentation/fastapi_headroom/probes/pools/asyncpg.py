@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from time import perf_counter
 from types import FrameType
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.pools.meter import Meters, address, waiting
+from fastapi_headroom.probes.pools.meter import Meters, address
 from fastapi_headroom.probes.pools.series import Reading
+from fastapi_headroom.probes.pools.timing import Creation, waiting
 
 _WAITS_IN_PLACE: Final = sys.version_info >= (3, 12)
 """Before Python 3.12 a checkout with a time-out runs in a task of its own: somebody else may be faster."""
@@ -31,7 +31,6 @@ class AsyncpgPools:
         patches.wrap(Pool, "_acquire", lambda original: _wrap_acquire(meters, original))
         patches.wrap(Pool, "_get_new_connection", lambda original: _wrap_create(meters, original))
         patches.wrap(PoolConnectionHolder, "acquire", lambda original: _wrap_take(meters, original))
-        patches.wrap(PoolConnectionHolder, "release", lambda original: _wrap_check(meters, original))
         patches.wrap(PoolConnectionHolder, "_release_on_close", lambda original: _wrap_end(meters, original))
         patches.wrap(PoolConnectionHolder, "_release", lambda original: _wrap_give(meters, original))
 
@@ -70,19 +69,13 @@ def _wrap_acquire(meters: Meters, original: Any) -> Any:
     """Time the wait for a holder; ``_wrap_take`` ends it."""
 
     async def wait_for_one(meter: Any, pool: Any, timeout: float | None) -> Any:
-        wait = meter.begin()
-        waiting.set(wait)
-        try:
+        with meter.begin(TimeoutError):
             return await original(pool, timeout)
-        except TimeoutError:
-            meter.give_up(wait)
-            raise
-        finally:
-            meter.end(wait)
-            waiting.set(None)
+
+    known = meters.known
 
     def _acquire(pool: Any, timeout: float | None) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None or pool._closing or pool._closed:
             return original(pool, timeout)
         if (timeout is None or _WAITS_IN_PLACE) and not pool._queue.empty():
@@ -94,10 +87,9 @@ def _wrap_acquire(meters: Meters, original: Any) -> Any:
 
 
 def _wrap_take(meters: Meters, original: Any) -> Any:
-    async def acquire(holder: Any) -> Any:
-        meter = meters.of(holder._pool)
-        if meter is None:
-            return await original(holder)
+    known = meters.known
+
+    async def take(meter: Any, holder: Any) -> Any:
         wait = waiting.get()
         if wait is not None:
             wait.meter.end(wait)
@@ -107,23 +99,33 @@ def _wrap_take(meters: Meters, original: Any) -> Any:
         meter.took(holder)
         return proxy
 
+    def acquire(holder: Any) -> Any:
+        pool = holder._pool
+        meter = known(id(pool)) or meters.of(pool)
+        if meter is None:
+            return original(holder)
+        connection = holder._con
+        if (
+            meter.waiting
+            or connection is None
+            or holder._setup is not None
+            or holder._generation != pool._generation
+            or connection.is_closed()
+        ):
+            return take(meter, holder)
+        meter.took(holder)  # nothing is awaited on this way, and nothing can fail
+        return original(holder)
+
     return acquire
 
 
-def _wrap_check(meters: Meters, original: Any) -> Any:
-    def release(holder: Any, timeout: float | None) -> Any:
-        meter = meters.of(holder._pool)
-        if meter is not None and holder._in_use is not None and holder._con is not None and holder._con.is_closed():
-            meter.lost()
-        return original(holder, timeout)
-
-    return release
-
-
 def _wrap_give(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def _release(holder: Any) -> None:
         if holder._in_use is not None:
-            meter = meters.of(holder._pool)
+            pool = holder._pool
+            meter = known(id(pool)) or meters.of(pool)
             if meter is not None:
                 meter.gave(holder)
         original(holder)
@@ -144,13 +146,18 @@ def _wrap_end(meters: Meters, original: Any) -> Any:
 
 
 def _closed_by_us(frame: FrameType | None) -> bool:
-    """Return whether asyncpg's ``close`` or ``terminate`` is what cleans up. The loop is, when the server hung up."""
+    """Return whether somebody closed the connection in good order: its owner, or the pool for its age.
+
+    The event loop cleans up when the server hung up. A pool terminates what it finds broken, or cannot reset, as it
+    comes back.
+    """
     caller = frame.f_back if frame is not None else None
-    return (
-        caller is not None
-        and caller.f_code.co_name in ("close", "terminate")
-        and caller.f_globals.get("__name__") == "asyncpg.connection"
-    )
+    if caller is None or caller.f_globals.get("__name__") != "asyncpg.connection":
+        return False
+    by = caller.f_back
+    if caller.f_code.co_name == "terminate":
+        return by is None or (by.f_code.co_name, by.f_globals.get("__name__")) != ("release", "asyncpg.pool")
+    return caller.f_code.co_name == "close"
 
 
 def _wrap_create(meters: Meters, original: Any) -> Any:
@@ -158,16 +165,7 @@ def _wrap_create(meters: Meters, original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return await original(pool)
-        request = ledger.current.get()
-        if request is not None:
-            request.enter(ledger.DB)
-        started = perf_counter()
-        try:
-            connection = await original(pool)
-        finally:
-            if request is not None:
-                request.leave(ledger.DB)
-        meter.made(started)
-        return connection
+        with Creation(meter, ledger.current.get()):
+            return await original(pool)
 
     return _get_new_connection

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from time import perf_counter
 from typing import Any, ClassVar
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pools.meter import Meter, Meters
 from fastapi_headroom.probes.pools.series import Reading
+from fastapi_headroom.probes.pools.timing import Creation
 
 
 class HttpcorePools:
@@ -97,13 +97,24 @@ class _Call:
         self.taken = request
         self.meter.took(request)
 
+    def at_once(self, request: Any) -> None:
+        """Note that the pool's request has got a connection without waiting."""
+        if self.waited < 0.0:
+            self.waited = 0.0
+        self.taken = request
+        self.meter.took(request)
+
     def add(self, waited: float) -> None:
         """Add to the wait."""
         self.waited = max(self.waited, 0.0) + waited
 
-    def end(self) -> None:
-        """Record the wait."""
+    def __enter__(self) -> None:
+        _calling.set(self)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
         _calling.set(None)
+        if kind is not None:
+            self.meter.gave(self.taken)
         if self.waited == 0.0:
             self.meter.at_once()
         elif self.waited > 0.0:
@@ -114,37 +125,27 @@ _calling: ContextVar[_Call | None] = ContextVar("headroom_httpcore_call", defaul
 
 
 def _wrap_handle(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def handle_request(pool: Any, request: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return original(pool, request)
-        call = _Call(meter)
-        _calling.set(call)
-        try:
+        with _Call(meter):
             return original(pool, request)
-        except BaseException:
-            meter.gave(call.taken)
-            raise
-        finally:
-            call.end()
 
     return handle_request
 
 
 def _wrap_async_handle(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     async def handle_async_request(pool: Any, request: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return await original(pool, request)
-        call = _Call(meter)
-        _calling.set(call)
-        try:
+        with _Call(meter):
             return await original(pool, request)
-        except BaseException:
-            meter.gave(call.taken)
-            raise
-        finally:
-            call.end()
 
     return handle_async_request
 
@@ -156,8 +157,7 @@ def _wrap_wait(original: Any, timed_out: type[Exception]) -> Any:
             return original(request, timeout)
         meter = call.meter
         if request.connection is not None:
-            call.add(0.0)
-            call.take(request)
+            call.at_once(request)
             return original(request, timeout)
         wait = meter.begin()
         try:
@@ -193,17 +193,18 @@ def _wrap_async_wait(original: Any, timed_out: type[Exception]) -> Any:
             return original(request, timeout)
         if request.connection is None:
             return wait_in_line(call, request, timeout)
-        call.add(0.0)
-        call.take(request)
+        call.at_once(request)
         return original(request, timeout)
 
     return wait_for_connection
 
 
 def _wrap_close(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def close(stream: Any) -> Any:
         if not stream._closed:
-            meter = meters.of(stream._pool)
+            meter = known(id(stream._pool)) or meters.of(stream._pool)
             if meter is not None:
                 meter.gave(stream._pool_request)
         return original(stream)
@@ -216,10 +217,8 @@ def _wrap_connect(original: Any) -> Any:
         call = _calling.get()
         if call is None:
             return original(connection, request)
-        started = perf_counter()
-        stream = original(connection, request)
-        call.meter.made(started)
-        return stream
+        with Creation(call.meter, None):
+            return original(connection, request)
 
     return _connect
 
@@ -229,9 +228,7 @@ def _wrap_async_connect(original: Any) -> Any:
         call = _calling.get()
         if call is None:
             return await original(connection, request)
-        started = perf_counter()
-        stream = await original(connection, request)
-        call.meter.made(started)
-        return stream
+        with Creation(call.meter, None):
+            return await original(connection, request)
 
     return _connect

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from time import perf_counter
 from typing import Any, ClassVar, Final, Protocol
 
@@ -13,11 +12,14 @@ from fastapi_headroom import ledger
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.patches import Patches
+from fastapi_headroom.probes.pool_series import OUTSIDE
 from fastapi_headroom.probes.pools.series import MeterSeries, Reading
+from fastapi_headroom.probes.pools.timing import Wait
 from fastapi_headroom.tracing import spans
 
 TRACED_WAIT: Final = 0.001
 """Seconds from which on a wait becomes a span."""
+_current: Final = ledger.current.get
 
 
 class Adapter(Protocol):
@@ -49,33 +51,20 @@ class Adapter(Protocol):
         """Return the pool's numbers, None once it is closed. ``held`` connections are known to be out."""
 
 
-class Wait:
-    """One checkout that may wait: begun, and ended once."""
-
-    __slots__ = ("meter", "request", "started", "suspended", "waits")
-
-    def __init__(self, meter: Meter, request: Ledger | None) -> None:
-        self.meter = meter
-        self.request = request
-        self.suspended = False
-        self.waits = True
-        """False once a connection was found, or the checkout given up."""
-        self.started = perf_counter()
-
-
-waiting: ContextVar[Wait | None] = ContextVar("headroom_pool_wait", default=None)
-"""The checkout that this code runs for, also in the task that a library waits in for its time-out."""
-
-
 class Meter:
     """What is measured of one pool object."""
 
-    __slots__ = ("anchor", "broken", "guard", "holds", "pool", "series", "stage", "waiting")
+    __slots__ = ("anchor", "broken", "guard", "holds", "limited", "pool", "series", "stage", "waited", "waiting")
 
-    def __init__(self, pool: Callable[[], Any], series: MeterSeries, stage: int | None, guard: Guard) -> None:
+    def __init__(
+        self, pool: Callable[[], Any], series: MeterSeries, stage: int | None, guard: Guard, *, limited: bool
+    ) -> None:
         self.pool = pool
         """Returns the pool, None once it is gone."""
         self.series = series
+        self.limited = limited
+        """Whether a checkout waits when the pool is exhausted."""
+        self.waited: Callable[[float], None] = series.wait.observe if limited else _ignore
         self.stage = stage
         self.guard = guard
         self.anchor: Any = None
@@ -84,10 +73,10 @@ class Meter:
         """What is checked out, since when, and for which request. By identity: nothing of the user's is kept alive."""
         self.broken = 0
 
-    def begin(self) -> Wait:
-        """Begin a wait."""
-        request = ledger.current.get()
-        wait = Wait(self, request)
+    def begin(self, refusal: type[BaseException] | tuple[()] = ()) -> Wait:
+        """Begin a wait; ``refusal`` is what the pool raises when it has none to give."""
+        request = _current()
+        wait = Wait(self, request, refusal)
         try:
             self.waiting.add(wait)
             if request is not None:
@@ -125,7 +114,7 @@ class Meter:
     def record(self, request: Ledger | None, waited: float) -> None:
         """Record one checkout's wait of ``waited`` seconds."""
         try:
-            self.series.wait.observe(waited)
+            self.waited(waited)
             self.series.route(request).wait.inc(waited)
             if spans.active and waited >= TRACED_WAIT:
                 now = time.time_ns()
@@ -133,12 +122,6 @@ class Meter:
                 spans.record("pool wait", now - int(waited * 1e9), now, attributes)
         except Exception as failure:
             self.guard.failed(failure)
-
-    def give_up(self, wait: Wait) -> None:
-        """Record that the wait ended by the pool's time-out. Without effect on one that has ended."""
-        if wait.waits:
-            self.refused()
-            self.end(wait)
 
     def refused(self) -> None:
         """Record that an exhausted pool gave no connection."""
@@ -150,24 +133,27 @@ class Meter:
     def at_once(self) -> None:
         """Record a checkout that found a connection without waiting."""
         try:
-            self.series.wait.observe(0.0)
+            self.waited(0.0)
         except Exception as failure:
             self.guard.failed(failure)
 
-    def took(self, connection: Any) -> None:
+    def took(self, connection: Any, now: Callable[[], float] = perf_counter) -> None:
         """Record that a connection is out from now on."""
-        self.holds[id(connection)] = (perf_counter(), ledger.current.get())
+        self.holds[id(connection)] = (now(), _current())
 
-    def gave(self, connection: Any) -> None:
+    def gave(self, connection: Any, now: Callable[[], float] = perf_counter) -> None:
         """Record that it came back."""
-        hold = self.holds.pop(id(connection), None)
-        if hold is None:
+        try:
+            started, request = self.holds.pop(id(connection))
+        except KeyError:
             return
         try:
-            started, request = hold
-            seconds = perf_counter() - started
-            self.series.use.observe(seconds)
-            self.series.route(request).hold.inc(seconds)
+            seconds = now() - started
+            series = self.series
+            series.use.observe(seconds)
+            routes = series.routes
+            route = routes.get(OUTSIDE if request is None else request.route) or series.route(request)
+            route.hold.inc(seconds)
         except Exception as failure:
             self.guard.failed(failure)
 
@@ -195,6 +181,8 @@ class Meters:
         self.guard = guard
         self._series = series
         self._by_id: dict[int, Meter] = {}
+        self.known = self._by_id.get
+        """Returns the meter of a pool that was seen before, by its identity: what a checkout asks first."""
         self._names: dict[int, tuple[Any, str]] = {}
         """The pools that the user named. They are the app's, and are kept until the end."""
 
@@ -217,10 +205,9 @@ class Meters:
                 series,
                 adapter.stage,
                 self.guard,
+                limited=adapter.waits(pool),
             )
             meter.anchor = reference
-            if adapter.waits(pool):
-                _ = series.wait  # exists from now on
             if adapter.finds_broken:
                 meter.broken = self._broken(pool)
                 _ = series.invalidations
@@ -243,6 +230,11 @@ class Meters:
             if renamed is not None:
                 renamed.holds, renamed.waiting = meter.holds, meter.waiting
 
+    def holding(self, connection: Any) -> Meter | None:
+        """Return the meter of the pool that a connection is out of, None if it is not out. Looks through all pools."""
+        key = id(connection)
+        return next((meter for meter in list(self._by_id.values()) if key in meter.holds), None)
+
     def forget(self) -> None:
         """Begin anew, as after a fork or at the end."""
         self._by_id.clear()
@@ -262,6 +254,10 @@ class Meters:
                 meter.broken = reading.broken
             rows.append((meter.series, reading, len(meter.waiting)))
         return rows
+
+
+def _ignore(_: float) -> None:
+    """Stand for the waits of a pool that has none."""
 
 
 def address(library: str, database: Any, host: Any, port: Any) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from time import perf_counter
 from typing import Any, ClassVar, Final
 
-from fastapi_headroom import ledger
+from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.pools.meter import Meters, address, waiting
+from fastapi_headroom.probes.pools.meter import Meters, address
 from fastapi_headroom.probes.pools.series import Reading
+from fastapi_headroom.probes.pools.timing import Creation, waiting
 
 _GIVEN_BY_ITSELF: Final = re.compile(r"pool-\d+")
 
@@ -75,20 +75,14 @@ class PsycopgPools:
 
 
 def _wrap_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> Any:
+    known = meters.known
+
     def _getconn_unchecked(pool: Any, timeout: float) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return original(pool, timeout)
-        wait = meter.begin()
-        waiting.set(wait)
-        try:
+        with meter.begin(timed_out):
             connection = original(pool, timeout)
-        except timed_out:
-            meter.give_up(wait)
-            raise
-        finally:
-            meter.end(wait)
-            waiting.set(None)
         meter.took(connection)
         return connection
 
@@ -96,20 +90,14 @@ def _wrap_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> 
 
 
 def _wrap_async_getconn(meters: Meters, timed_out: type[Exception], original: Any) -> Any:
+    known = meters.known
+
     async def _getconn_unchecked(pool: Any, timeout: float) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is None:
             return await original(pool, timeout)
-        wait = meter.begin()
-        waiting.set(wait)
-        try:
+        with meter.begin(timed_out):
             connection = await original(pool, timeout)
-        except timed_out:
-            meter.give_up(wait)
-            raise
-        finally:
-            meter.end(wait)
-            waiting.set(None)
         meter.took(connection)
         return connection
 
@@ -121,15 +109,8 @@ def _wrap_connect(meters: Meters, original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return original(pool, timeout)
-        request = _end_wait_for_creation()
-        started = perf_counter()
-        try:
-            connection = original(pool, timeout)
-        finally:
-            if request is not None:
-                request.leave(ledger.DB)
-        meter.made(started)
-        return connection
+        with Creation(meter, _end_wait_for_creation()):
+            return original(pool, timeout)
 
     return _connect
 
@@ -139,33 +120,26 @@ def _wrap_async_connect(meters: Meters, original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return await original(pool, timeout)
-        request = _end_wait_for_creation()
-        started = perf_counter()
-        try:
-            connection = await original(pool, timeout)
-        finally:
-            if request is not None:
-                request.leave(ledger.DB)
-        meter.made(started)
-        return connection
+        with Creation(meter, _end_wait_for_creation()):
+            return await original(pool, timeout)
 
     return _connect
 
 
-def _end_wait_for_creation() -> Any:
+def _end_wait_for_creation() -> Ledger | None:
     """End the wait of the checkout that opens a connection itself, and return its request. None in a worker."""
     wait = waiting.get()
     if wait is None:
         return None
     wait.meter.end(wait)
-    if wait.request is not None:
-        wait.request.enter(ledger.DB)
     return wait.request
 
 
 def _wrap_putconn(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def putconn(pool: Any, connection: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is not None:
             meter.gave(connection)
         return original(pool, connection)

@@ -8,13 +8,13 @@ which the cache's operations tell, so only its gauges and refusals are kept: eve
 from __future__ import annotations
 
 from functools import partial
-from time import perf_counter
 from typing import Any, ClassVar, Final
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.pools.meter import Meter, Meters, Wait, waiting
+from fastapi_headroom.probes.pools.meter import Meter, Meters
 from fastapi_headroom.probes.pools.series import Reading
+from fastapi_headroom.probes.pools.timing import Creation, waiting
 from fastapi_headroom.probes.redis_hooks import address_of
 
 _NO_LIMIT: Final = 2**31
@@ -49,8 +49,8 @@ class RedisPools:
         ):
             refusal = None if name == "get_connection" else RedisConnectionError
             patches.wrap(pool, name, partial(_wrap_refusing, meters, refusal))
-        patches.wrap(sync.AbstractConnection, "connect", _wrap_connect)
-        patches.wrap(asynchronous.AbstractConnection, "connect", _wrap_async_connect)
+        patches.wrap(sync.AbstractConnection, "connect", partial(_wrap_connect, meters))
+        patches.wrap(asynchronous.AbstractConnection, "connect", partial(_wrap_async_connect, meters))
 
     def pool_of(self, thing: Any) -> Any:
         """Return the pool itself, or a client's."""
@@ -89,38 +89,19 @@ def _is_open(connection: Any) -> bool:
     return bool(connection.is_connected)
 
 
-def _limited(meter: Meter) -> bool:
-    """Return whether a checkout may wait."""
-    return meter.series.pending is not None
+def _ready(meter: Meter, pool: Any) -> Any:
+    """Return the connection that a checkout of an async pool takes at once, None if it may wait, or has to connect.
 
-
-def _end(meter: Meter, wait: Wait, refused: BaseException | None, refusal: type[Exception]) -> None:
-    """End a wait that may have ended long ago; only what was refused while it lasted is a time-out."""
-    waiting.set(None)
-    if wait.waits and isinstance(refused, refusal):
-        meter.refused()
-    if _limited(meter):
-        meter.end(wait)
-
-
-def _begin(meter: Meter) -> Wait:
-    wait = meter.begin() if _limited(meter) else Wait(meter, None)
-    waiting.set(wait)
-    return wait
-
-
-def _begin_async(meter: Meter, pool: Any) -> Wait:
-    """Begin a wait, or none where a connection is there and nobody stands in line: on one loop it stays there."""
+    On one loop nobody else can take what lies ready before the checkout does, which awaits nothing until then.
+    """
     try:
-        if not meter.waiting and _limited(meter) and not pool._condition.locked() and pool.can_get_connection():
-            meter.at_once()
-            wait = Wait(meter, None)
-            wait.waits = False
-            waiting.set(wait)
-            return wait
-    except AttributeError:  # a version that looks otherwise inside
+        lying = pool._available_connections
+        if lying and meter.limited and not meter.waiting and not pool._in_maintenance and not pool._condition.locked():
+            connection = lying[-1]
+            return connection if connection.is_connected else None
+    except (AttributeError, LookupError, TypeError):  # a version that looks otherwise inside
         pass
-    return _begin(meter)
+    return None
 
 
 def _wrap_get(meters: Meters, refusal: type[Exception], original: Any) -> Any:
@@ -128,14 +109,8 @@ def _wrap_get(meters: Meters, refusal: type[Exception], original: Any) -> Any:
         meter = meters.of(pool)
         if meter is None:
             return original(pool, *args, **options)
-        wait, refused = _begin(meter), None
-        try:
+        with meter.begin(refusal):
             connection = original(pool, *args, **options)
-        except BaseException as error:
-            refused = error
-            raise
-        finally:
-            _end(meter, wait, refused, refusal)
         meter.took(connection)
         return connection
 
@@ -143,20 +118,24 @@ def _wrap_get(meters: Meters, refusal: type[Exception], original: Any) -> Any:
 
 
 def _wrap_async_get(meters: Meters, refusal: type[Exception], original: Any) -> Any:
-    async def get_connection(pool: Any, *args: Any, **options: Any) -> Any:
-        meter = meters.of(pool)
-        if meter is None:
-            return await original(pool, *args, **options)
-        wait, refused = _begin_async(meter, pool), None
-        try:
+    known = meters.known
+
+    async def wait_for_one(meter: Meter, pool: Any, *args: Any, **options: Any) -> Any:
+        with meter.begin(refusal):
             connection = await original(pool, *args, **options)
-        except BaseException as error:
-            refused = error
-            raise
-        finally:
-            _end(meter, wait, refused, refusal)
         meter.took(connection)
         return connection
+
+    async def get_connection(pool: Any, *args: Any, **options: Any) -> Any:
+        meter = known(id(pool)) or meters.of(pool)
+        if meter is None:
+            return await original(pool, *args, **options)
+        connection = _ready(meter, pool)
+        if connection is None:
+            return await wait_for_one(meter, pool, *args, **options)
+        meter.at_once()
+        meter.took(connection)  # if it turns out to be broken, and for good, it is released
+        return await original(pool, *args, **options)
 
     return get_connection
 
@@ -171,7 +150,7 @@ def _wrap_refusing(meters: Meters, refusal: type[Exception] | None, original: An
         try:
             return original(pool, *args, **options)
         except refusal:
-            if meter is not None and not _limited(meter):
+            if meter is not None and not meter.limited:
                 meter.refused()
             raise
 
@@ -179,8 +158,10 @@ def _wrap_refusing(meters: Meters, refusal: type[Exception] | None, original: An
 
 
 def _wrap_release(meters: Meters, original: Any) -> Any:
+    known = meters.known
+
     def release(pool: Any, connection: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if meter is not None:
             meter.gave(connection)
         return original(pool, connection)
@@ -188,41 +169,37 @@ def _wrap_release(meters: Meters, original: Any) -> Any:
     return release
 
 
-def _found() -> Meter | None:
-    """End the wait of the checkout that connects now: it has its connection. None outside a checkout."""
+def _opened_for(meters: Meters, connection: Any) -> Meter | None:
+    """Return the meter of the pool that a connection is opened for, None if it is open, or of no pool that waits.
+
+    The checkout that connects now has its connection: its wait ends.
+    """
     wait = waiting.get()
-    if wait is None:
-        return None
-    if _limited(wait.meter):
+    if wait is not None:
         wait.meter.end(wait)
-    wait.waits = False
-    return wait.meter
+    if _is_open(connection):
+        return None
+    return wait.meter if wait is not None else meters.holding(connection)
 
 
-def _wrap_connect(original: Any) -> Any:
+def _wrap_connect(meters: Meters, original: Any) -> Any:
     def connect(connection: Any) -> Any:
-        meter = _found()
-        if meter is None or _is_open(connection):
+        meter = _opened_for(meters, connection)
+        if meter is None:
             return original(connection)
-        started = perf_counter()
-        result = original(connection)
-        meter.made(started)
-        return result
+        with Creation(meter, None):
+            return original(connection)
 
     return connect
 
 
-def _wrap_async_connect(original: Any) -> Any:
+def _wrap_async_connect(meters: Meters, original: Any) -> Any:
     async def timed(meter: Meter, connection: Any) -> Any:
-        started = perf_counter()
-        result = await original(connection)
-        meter.made(started)
-        return result
+        with Creation(meter, None):
+            return await original(connection)
 
     def connect(connection: Any) -> Any:
-        meter = _found()
-        if meter is None or _is_open(connection):
-            return original(connection)
-        return timed(meter, connection)
+        meter = _opened_for(meters, connection)
+        return original(connection) if meter is None else timed(meter, connection)
 
     return connect

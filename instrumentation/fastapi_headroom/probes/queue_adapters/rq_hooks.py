@@ -6,6 +6,9 @@ memory that both share, and the worker reads it when the work-horse is gone. One
 finish its note is a run with the error type ``WorkHorseKilled``. SimpleWorker runs jobs in its own process and
 takes the same way; SpawnWorker shares no memory with its work-horses, its jobs are not measured.
 
+The span of a run is the worker's too, for the same reason: it begins before the fork, so that it is the current one
+in the work-horse, and ends when that is gone, however it went.
+
 The wait of a job runs from its ``enqueued_at`` to its start, by the clocks of two hosts: where they disagree by more
 than the wait it counts as 0. Jobs of queues with ``is_async=False`` are run in place and not counted.
 """
@@ -28,10 +31,11 @@ from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER, BoundedNames
 from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters import publishing
+from fastapi_headroom.probes.queue_adapters import publishing, rq_trace
 from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
 from fastapi_headroom.probes.queue_adapters.redis_link import SYSTEM
 from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.tracing import jobs, spans
 
 PUBLISHING: Final = ("enqueue_call", "enqueue_job", "enqueue_many", "schedule_job")
 """The methods of Queue that all ways to hand a job over go through. Some of them call each other."""
@@ -87,6 +91,7 @@ class RQHooks:
             self._patches.wrap(Queue, name, self._wrap_publish)
         for owner in {_owner(Worker, "execute_job"), _owner(SimpleWorker, "execute_job")}:
             self._patches.wrap(owner, "execute_job", self._wrap_execute)
+        rq_trace.attach(self._patches, self._guard)
         self._patches.wrap(Job, "perform", self._wrap_perform)
         self._patches.wrap(Job, "retry", self._wrap_retry)
         self._patches.wrap(_owner(Worker, "handle_job_retry"), "handle_job_retry", self._wrap_returned_retry)
@@ -121,11 +126,12 @@ class RQHooks:
             note = self._prepare(worker)
             if note is None:
                 return original(worker, job, queue)
+            span = self._begin(job) if spans.active else None
             started = time.perf_counter()
             try:
                 return original(worker, job, queue)
             finally:
-                self._finished(note, job, time.perf_counter() - started)
+                self._finished(note, job, time.perf_counter() - started, span)
 
         return execute_job
 
@@ -142,11 +148,21 @@ class RQHooks:
             self._guard.failed(error)
             return None
 
-    def _finished(self, note: Note, job: Any, elapsed: float) -> None:
-        if (writer := self._writer) is None:
-            return
+    def _begin(self, job: Any) -> jobs.JobSpan | None:
+        try:
+            name, task = self._queues(str(job.origin)), self._tasks(_task(job))
+            return jobs.begin(rq_trace.carried(job).get, SYSTEM, name, task, str(job.id))
+        except Exception as error:
+            self._guard.failed(error)
+            return None
+
+    def _finished(self, note: Note, job: Any, elapsed: float, span: jobs.JobSpan | None) -> None:
         try:
             facts = note.read()
+            if span is not None:
+                span.end(self._errors(facts.get("error", KILLED)) if facts.get("error", KILLED) else "")
+            if (writer := self._writer) is None:
+                return
             queue, task = self._queues(str(job.origin)), self._tasks(_task(job))
             retries = writer.counter(catalog.QUEUE_RETRIES, SYSTEM, queue, task)  # there with 0 from the first run
             if facts.get("retried"):
@@ -156,6 +172,8 @@ class RQHooks:
             error = self._errors(facts.get("error", KILLED)) if facts.get("error", KILLED) else ""
             run = writer.histogram(catalog.PROCESS_DURATION, SYSTEM, queue, task, error)
             run.observe(facts.get("run", elapsed))
+            if span is not None and (ids := span.sampled) is not None:
+                writer.exemplar(run, facts.get("run", elapsed), *ids)
         except Exception as failure:
             self._guard.failed(failure)
 
