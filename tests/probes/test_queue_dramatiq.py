@@ -28,9 +28,9 @@ from fastapi_headroom.probes.queue_adapters.dramatiq import READY_AT, ready_sinc
 from fastapi_headroom.probes.queue_adapters.dramatiq_hooks import TRACE
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
-from fastapi_headroom.tracing import spans
 from tests.support import dramatiq_app
 from tests.support.dramatiq_subjects import DramatiqOnRedis
+from tests.support.traced import traced
 
 WAITS = "headroom_queue_wait_seconds"
 RUNS = "messaging_process_duration_seconds"
@@ -144,31 +144,16 @@ def test_a_failed_publish_raises_what_it_raised_before(measured: Writer) -> None
     assert message.options == {}, "the app's own message is left as it was"
 
 
-def test_the_trace_context_goes_with_the_message_through_delay_and_retry(
-    subject: DramatiqOnRedis, measured: Writer
-) -> None:
-    """While traces are on a message carries the W3C context of who sent it, and keeps it when a worker moves it."""
-    from opentelemetry.sdk.trace import TracerProvider
-
-    provider = TracerProvider()
-    seen: list[Any] = []
-
-    class Watch(dramatiq.Middleware):
-        def before_process_message(self, broker: Broker, message: Any) -> None:
-            seen.append((message.options.get("retries", 0), message.options.get(TRACE)))
-
-    subject.library.add_middleware(Watch())
-    spans.activate(provider)
-    try:
-        with provider.get_tracer("test").start_as_current_span("request") as span:
+def test_a_request_and_the_runs_of_its_message_are_one_trace(subject: DramatiqOnRedis, measured: Writer) -> None:
+    """A message carries the trace context through delay and retries; each run is a consumer span."""
+    with traced() as traces:
+        with traces.tracer.start_as_current_span("request"):
             dramatiq_app.kit.send_with_options(args=(str(subject.folder), "again"), delay=20)
         with worker(subject):
-            wait_until(lambda: len(seen) == 3, 30, "three tries")
-    finally:
-        spans.deactivate()
-    trace = format(span.get_span_context().trace_id, "032x")
-    assert [retries for retries, _ in seen] == [0, 1, 2]
-    assert {carrier["traceparent"].split("-")[1] for _, carrier in seen} == {trace}
+            wait_until(lambda: count(measured, f"{RUNS}_count") == 3.0, 30, "three tries")
+        traces.assert_runs("request", attempts=3)
+    subject.publish()
+    assert TRACE not in json.loads(subject.client.hvals("dramatiq:mail.msgs")[0])["options"]
 
 
 def test_close_puts_all_back() -> None:

@@ -29,7 +29,7 @@ from dramatiq.worker import ConsumerThread, WorkerThread
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
-from fastapi_headroom.probes.queue_adapters.runs import Run, Runs, error_name
+from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, Runs, error_name
 from fastapi_headroom.probes.queue_adapters.times import READY_AT
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
@@ -159,10 +159,11 @@ class DramatiqHooks:
         if self._runs.writer is None:
             return None
         try:
-            ready = message.options.get(READY_AT)
+            ready, carried = message.options.get(READY_AT), message.options.get(TRACE)
             run = self._runs.begin(
                 self._system(worker.broker), q_name(str(message.queue_name)), str(message.actor_name),
                 float(ready) if isinstance(ready, int | float) else None,
+                str(message.message_id), carried if isinstance(carried, dict) else NOTHING,
             )  # fmt: skip
             return None if run is None else _Job(str(message.message_id), run)
         except Exception as error:

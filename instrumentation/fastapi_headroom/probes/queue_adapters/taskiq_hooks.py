@@ -19,7 +19,7 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.queue_adapters import publishing
 from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
-from fastapi_headroom.probes.queue_adapters.runs import Run, Runs, error_name
+from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, Runs, error_name
 from fastapi_headroom.probes.queue_adapters.times import READY_AT
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
@@ -42,6 +42,7 @@ TRACE: Final = "headroom_trace"
 _SYSTEMS: Final = {"taskiq_redis": "redis", "taskiq_aio_pika": "rabbitmq", "taskiq_nats": "nats",
                    "taskiq_aio_kafka": "kafka", "taskiq_aio_sqs": "aws_sqs"}  # fmt: skip
 """``messaging_system`` by the package of the broker's class."""
+_OWN_TRACES: Final = "taskiq.middlewares.opentelemetry_middleware"
 _IN_PLACE: Final = "taskiq.brokers.inmemory_broker"
 
 
@@ -174,7 +175,8 @@ class TaskiqHooks:
                 ready = float(message.labels[READY_AT])
             except (KeyError, TypeError, ValueError):
                 ready = None
-            run = self._runs.begin(*where, str(message.task_name), ready)
+            carried = _carried(receiver.broker, message.labels) if spans.active else NOTHING
+            run = self._runs.begin(*where, str(message.task_name), ready, str(message.task_id), carried)
             return None if run is None else _Job(str(message.task_id), run)
         except Exception as error:
             self._guard.failed(error)
@@ -193,6 +195,17 @@ def _label(labels: dict[str, Any], delays: bool) -> None:
         spans.inject(carrier)
         if carrier:
             labels[TRACE] = json.dumps(carrier)
+
+
+def _carried(broker: Any, labels: Any) -> Mapping[str, Any] | None:
+    """Return the trace context of a message, None where TaskIQ's own middleware makes the span of a run."""
+    if any(type(middleware).__module__ == _OWN_TRACES for middleware in broker.middlewares):
+        return None
+    try:
+        carried = json.loads(labels.get(TRACE) or "{}")
+    except (ValueError, TypeError):
+        return NOTHING
+    return carried if isinstance(carried, dict) else NOTHING
 
 
 def _measured(target: Callable[..., Any], job: _Job) -> Callable[..., Any]:
