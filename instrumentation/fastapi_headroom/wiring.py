@@ -76,21 +76,26 @@ def init_worker(
     caches: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Handle:
-    """Measure the processes of a job worker: each child of a Celery worker claims a slot of its own.
+    """Measure the processes of a job worker: each process that runs jobs claims a slot of its own.
 
-    ``app`` is the Celery application. Call it in the module that the worker imports. Without an app (RQ, or a
+    ``app`` is the Celery application, or the Dramatiq or TaskIQ broker. Call it in the module that the worker
+    imports; a web app may import that too, there it does nothing. Without an app (RQ, arq, or a
     script) this process is measured from now on; an RQ worker measures for the work-horses that it forks.
     """
-    from fastapi_headroom.probes.queue import install_worker
+    from fastapi_headroom.probes import queue_workers
 
     with _lock:
         runtime = _open_runtime(settings)
         runtime.name(pools or {}, caches or {})
-        runtime.request.enabled = False
-        if app is None:
+
+        def begin() -> None:
+            runtime.request.enabled = False
             runtime.first_serve()
+
+        if app is None:
+            begin()
         else:
-            install_worker(runtime.first_serve, runtime.stop)
+            queue_workers.install(app, begin, runtime.stop)
         return runtime.apps.handle_of(None) or Handle(None, runtime)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,24 @@ DEPTH, AGE, BUSY = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_
 CONSUMERS, DELAYED, FAILED = catalog.QUEUE_CONSUMERS, catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED
 
 
+@pytest.fixture(scope="module")
+def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[type], object]]:
+    """One broker of each kind, which tests may restart."""
+    with contextlib.ExitStack() as running:
+        found: dict[type, object] = {}
+
+        def broker(kind: type) -> object:
+            if kind not in found:
+                found[kind] = running.enter_context(kind(tmp_path_factory.mktemp(kind.__name__) / "broker"))
+            return found[kind]
+
+        yield broker
+
+
 @pytest.fixture(scope="module", params=SUBJECTS, ids=lambda kind: kind.__name__)
-def kind(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[type[Subject], object]]:
-    """Each kind of queue in turn, with a broker of its own that tests may restart."""
-    with request.param.broker(tmp_path_factory.mktemp(request.param.__name__) / "broker") as server:
-        yield request.param, server
+def kind(request: pytest.FixtureRequest, brokers: Callable[[type], object]) -> tuple[type[Subject], object]:
+    """Each kind of queue in turn."""
+    return request.param, brokers(request.param.broker)
 
 
 @pytest.fixture
@@ -68,6 +80,8 @@ def test_depth_is_the_truth_at_each_poll(subject: Subject) -> None:
     for before, counted, after in polls:
         assert before >= counted >= after
     assert all(earlier[1] >= later[1] for earlier, later in itertools.pairwise(polls))
+    if CONSUMERS in subject.sees:  # what a worker held comes back when the broker has noticed its end
+        wait_until(lambda: polled(CONSUMERS) == 0.0, 10, "no worker")
     wait_until(lambda: polled.depth() == subject.truth(), 5, "the worker's last job")
     subject.purge()
     assert polled.depth() == subject.truth() == 0
@@ -142,6 +156,8 @@ def test_delayed_jobs_are_no_backlog(subject: Subject) -> None:
     subject.publish_later(3600)
     values = polled.values()
     assert (values[DELAYED], values[DEPTH], values[AGE]) == (1.0, 0.0, 0.0)
+    if not subject.tells_due:
+        return
     subject.publish_later(-30)
     values = polled.values()
     assert (values[DELAYED], values[DEPTH]) == (1.0, 1.0)

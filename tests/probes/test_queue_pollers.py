@@ -27,6 +27,8 @@ FILLING = {
     "redis.call('RPUSH', 'rq:queue:mail', 'job' .. i) "
     "redis.call('ZADD', 'rq:scheduled:mail', 4e9 + i, 'later' .. i) end "
     "redis.call('HSET', 'rq:job:job1', 'enqueued_at', '2026-01-01T00:00:00.000000Z')",
+    "dramatiq": "for i = 1, ARGV[1] do redis.call('RPUSH', 'dramatiq:mail', 'id' .. i) end "
+    "redis.call('HSET', 'dramatiq:mail.msgs', 'id1', '{\"message_timestamp\":1700000000000}')",
     # behind as many running ones as are looked at
     "arq": "for i = 1, ARGV[1] + 499 do redis.call('ZADD', 'mail', i, 'job' .. i) end "
     "for i = 1, 499 do redis.call('SET', 'arq:in-progress:job' .. i, '1') end",

@@ -31,6 +31,10 @@ class Subject(ABC):
     sees: ClassVar[frozenset[Metric]]
     """The rows that its poller writes; the rows of other states must never show up."""
 
+    grace: ClassVar[float] = 3.0
+    """Seconds for a worker to end in order: a Celery worker without heartbeats may sleep on its socket."""
+    tells_due: ClassVar[bool] = True
+    """Whether delayed jobs that are due and that nobody moved are told from the others."""
     tells: ClassVar[frozenset[Metric]] = frozenset()
     """The rows that its workers write in the poller's place, into ``store`` in the folder."""
 
@@ -82,7 +86,7 @@ class Subject(ABC):
             log=self.folder / "worker.log",
             cwd=ROOT,
             env=self.environment(),
-            grace=3.0,  # a Celery worker without heartbeats may sleep on its socket
+            grace=self.grace,
         )
         process.start()
         try:

@@ -15,8 +15,11 @@ import rq
 from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
+from tests.support.dramatiq_subjects import DramatiqOnRabbitMQ, DramatiqOnRedis
 from tests.support.queue_kit import PYTHON, Subject
+from tests.support.queue_rabbitmq import remove_queues
 from tests.support.queue_redis import OnRedis
+from tests.support.taskiq_subjects import TaskiqList, TaskiqOnRabbitMQ, TaskiqStream
 
 DEPTH, AGE = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE
 BUSY, CONSUMERS = catalog.QUEUE_IN_PROGRESS, catalog.QUEUE_CONSUMERS
@@ -162,14 +165,14 @@ class CeleryOnRabbitMQ(CeleryOnRedis):
     tells = frozenset()
 
     def start(self) -> None:
-        """Declare the queue as Celery does, and empty it."""
+        """Declare the queue anew as Celery does."""
+        remove_queues(self.server.port, "mail")
         connect(self.server.url)  # type: ignore[attr-defined]
         with amqp.Connection(f"127.0.0.1:{self.server.port}") as connection:
             channel = connection.channel()
             channel.exchange_declare("mail", "direct", durable=True, auto_delete=False)
             channel.queue_declare("mail", durable=True, auto_delete=False)
             channel.queue_bind("mail", "mail", "mail")
-            channel.queue_purge("mail")
 
     def truth(self) -> int:
         """Ask Celery's own connection."""
@@ -190,7 +193,10 @@ def disconnect() -> None:
     kombu.pools.reset()
 
 
-SUBJECTS: tuple[type[Subject], ...] = (RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ)
+SUBJECTS: tuple[type[Subject], ...] = (
+    RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
+    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ,
+)  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq
 

@@ -39,6 +39,8 @@ _LIBRARIES: Final = (
     (("celery.app.base", "Celery"), "celery_hooks", "CeleryHooks"),
     (("rq", "Worker", "SimpleWorker"), "rq_hooks", "RQHooks"),
     (("arq", "Worker", "run_worker"), "arq_hooks", "ArqHooks"),
+    (("taskiq.receiver", "Receiver"), "taskiq_hooks", "TaskiqHooks"),
+    (("dramatiq", "Worker"), "dramatiq_hooks", "DramatiqHooks"),
 )
 
 

@@ -29,6 +29,7 @@ from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 from tests.support.arq_subject import Arq
 from tests.support.queue_kit import total
+from tests.support.traced import traced
 
 WAITS = "headroom_queue_wait_seconds"
 RUNS = "messaging_process_duration_seconds"
@@ -206,6 +207,30 @@ def test_the_trace_context_goes_with_the_job(subject: Arq, measured: Writer) -> 
         spans.deactivate()
     assert fields["f"] == "kit"
     assert subject.with_client(lambda client: client.queued_jobs())[0].function == "kit"
+
+
+async def test_a_request_and_the_runs_of_its_job_are_one_trace(subject: Arq, measured: Writer) -> None:
+    """Each run of a job is a consumer span below the request that enqueued it, and what the job does is below that."""
+    settings = RedisSettings.from_dsn(subject.server.url)  # type: ignore[attr-defined]
+    client = await create_pool(settings, default_queue_name="mail")
+    with traced() as traces:
+
+        async def look(context: dict[str, Any]) -> None:
+            with traces.tracer.start_as_current_span("query"):
+                await asyncio.sleep(0)
+
+        with traces.tracer.start_as_current_span("request"):
+            await client.enqueue_job("look")
+        worker = Worker([func(look, name="look")], queue_name="mail", redis_settings=settings, poll_delay=0.02,
+                        handle_signals=False, burst=True)  # fmt: skip
+        await worker.async_run()
+        await worker.close()
+        await client.aclose()
+        traces.assert_runs("request", attempts=1)
+        (query,), (run,) = traces.named("query"), traces.named("process mail")
+    assert query.parent == run.context
+    assert run.attributes is not None
+    assert run.attributes["headroom.task"] == "look"
 
 
 def test_close_puts_all_back() -> None:

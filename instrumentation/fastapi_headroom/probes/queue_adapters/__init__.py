@@ -10,9 +10,13 @@ from fastapi_headroom.probes.queue_adapters.arq import ArqPoller
 from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
 from fastapi_headroom.probes.queue_adapters.celery_rabbitmq import CeleryRabbitMQPoller
+from fastapi_headroom.probes.queue_adapters.dramatiq import DramatiqRedisPoller
+from fastapi_headroom.probes.queue_adapters.dramatiq_rabbitmq import DramatiqRabbitMQPoller
 from fastapi_headroom.probes.queue_adapters.redis_lists import RedisListPoller
 from fastapi_headroom.probes.queue_adapters.redis_streams import RedisStreamPoller
 from fastapi_headroom.probes.queue_adapters.rq import RQPoller
+from fastapi_headroom.probes.queue_adapters.taskiq import TaskiqRedisPoller
+from fastapi_headroom.probes.queue_adapters.taskiq_rabbitmq import TaskiqRabbitMQPoller
 
 __all__ = ["Poller", "Sample", "poller_for"]
 
@@ -30,6 +34,14 @@ _BY_SCHEME: dict[str, _Kind] = {
     "rq+rediss": RQPoller,
     "arq+redis": ArqPoller,
     "arq+rediss": ArqPoller,
+    "dramatiq+redis": DramatiqRedisPoller,
+    "dramatiq+rediss": DramatiqRedisPoller,
+    "dramatiq+amqp": DramatiqRabbitMQPoller,
+    "dramatiq+amqps": DramatiqRabbitMQPoller,
+    "taskiq+redis": TaskiqRedisPoller,
+    "taskiq+rediss": TaskiqRedisPoller,
+    "taskiq+amqp": TaskiqRabbitMQPoller,
+    "taskiq+amqps": TaskiqRabbitMQPoller,
     "stream+redis": RedisStreamPoller,
     "stream+rediss": RedisStreamPoller,
     "list+redis": RedisListPoller,

@@ -179,7 +179,7 @@ class ArqHooks:
         try:
             due = max(job.score, enqueued if isinstance(enqueued, int | float) else 0.0) / 1000
             ready = max(due, self._given_back.pop(job.id, 0.0))
-            job.run = self._runs.begin(SYSTEM, job.worker.queue_name, task, ready)
+            job.run = self._runs.begin(SYSTEM, job.worker.queue_name, task, ready, job.id, carried)
         except Exception as error:
             self._guard.failed(error)
 
@@ -212,7 +212,7 @@ class ArqHooks:
                 self._given_back[job.id] = time.time()
                 if len(self._given_back) > REMEMBERED:
                     self._given_back.popitem(last=False)
-            run = job.run or self._runs.begin(SYSTEM, job.worker.queue_name, OTHER)
+            run = job.run or self._runs.begin(SYSTEM, job.worker.queue_name, OTHER, job=job.id)
             if run is not None:
                 run.end(_outcome(job), retried=job.again)
         except Exception as error:

@@ -16,6 +16,7 @@ ones too. Celery acknowledges a job when it starts, unless ``acks_late`` is set,
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from typing import Final
@@ -23,6 +24,7 @@ from typing import Final
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue_adapters.base import Sample
+from fastapi_headroom.probes.queue_adapters.oldest import OldestAges
 from fastapi_headroom.probes.queue_adapters.redis_link import ALL, PORT, SYSTEM, RedisLink
 from fastapi_headroom.probes.queue_adapters.times import parse_time
 from fastapi_headroom.probes.queue_adapters.url import QueueURL, parse_named
@@ -53,7 +55,7 @@ class CeleryRedisPoller:
         ]
         self._unacked = f"{namespace}unacked"
         self._link = RedisLink(url, _EXAMPLE)
-        self._first_seen: dict[str, tuple[int, float]] = {}
+        self._oldest = OldestAges()
 
     @classmethod
     def from_url(cls, url: str) -> CeleryRedisPoller:
@@ -79,33 +81,24 @@ class CeleryRedisPoller:
         for (queue, priority, key), length in zip(self._lists, lengths, strict=True):
             labels = (SYSTEM, queue, priority)
             samples.append((catalog.QUEUE_DEPTH, labels, float(length)))
-            samples.append((catalog.QUEUE_OLDEST_AGE, labels, self._age(key, oldest.get(key), now)))
+            message = oldest.get(key)
+            job = None if message is None else hash(message)
+            age = self._oldest.of(key, job, functools.partial(ready_since, message), now)
+            samples.append((catalog.QUEUE_OLDEST_AGE, labels, age))
         return samples
 
     def close(self) -> None:
         """Close the connection."""
         self._link.close()
 
-    def _age(self, key: str, message: bytes | None, now: float) -> float:
-        """Return how long the oldest job of a list has been ready, in seconds."""
-        if message is None:
-            self._first_seen.pop(key, None)
-            return 0.0
-        ready = ready_since(message)
-        if ready is None:
-            identity = hash(message)
-            seen, ready = self._first_seen.get(key, (None, now))
-            if seen != identity:
-                ready = now
-                self._first_seen[key] = (identity, now)
-        return max(0.0, now - ready)
 
-
-def ready_since(message: bytes) -> float | None:
+def ready_since(message: bytes | None) -> float | None:
     """Return since when a message could have been run (seconds since 1970), None where it does not tell.
 
     Quotation marks inside JSON strings are escaped, so these patterns match keys and never a job's arguments.
     """
+    if message is None:
+        return None
     start = max(0, len(message) - _TAIL)
     enqueued = _ENQUEUED.search(message, start)
     eta = _ETA.search(message, start)

@@ -62,8 +62,8 @@ class CeleryHooks:
         """Write to ``writer`` from now on, and attach if that was not done before."""
         self._wait, self._process = {}, {}
         self._writer = writer
-        self._worker.bind(writer)
         self._publishing.bind(writer)
+        self._worker.bind(writer)
         if self._attached:
             return
         self._attached = True
@@ -79,8 +79,8 @@ class CeleryHooks:
     def close(self) -> None:
         """Detach from everything."""
         self._writer = None
-        self._worker.close()
         self._publishing.bind(None)
+        self._worker.close()
         if not self._attached:
             return
         self._attached = False
@@ -95,7 +95,7 @@ class CeleryHooks:
         def send_task(app: Celery, *args: Any, **kwargs: Any) -> Any:
             if self._writer is None:
                 return original(app, *args, **kwargs)
-            with Publication(self._publishing, self._system_or_none(app)):
+            with Publication(self._publishing, self._system_of(app)):
                 return original(app, *args, **kwargs)
 
         return send_task

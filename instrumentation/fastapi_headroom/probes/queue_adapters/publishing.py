@@ -56,11 +56,11 @@ class Publication:
     got a queue is not counted. An exception passes through and its time counts.
     """
 
-    __slots__ = ("_outer", "_publishing", "_request", "_started", "queue", "system")
+    __slots__ = ("_outer", "_request", "_started", "publishing", "queue", "system")
 
     def __init__(self, publishing: Publishing, system: str = "", queue: str | None = None) -> None:
         self.system, self.queue = system, queue
-        self._publishing = publishing
+        self.publishing = publishing
 
     def __enter__(self) -> Publication:
         self._outer = current.get()
@@ -81,7 +81,7 @@ class Publication:
             self._request.leave(ledger.PUBLISH)
         current.set(self._outer)
         if self.queue is not None:
-            self._publishing.observe(self.system, self.queue, elapsed)
+            self.publishing.observe(self.system, self.queue, elapsed)
 
 
 def _closed(request: Ledger) -> Ledger:

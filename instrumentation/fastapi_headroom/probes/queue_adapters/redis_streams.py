@@ -34,11 +34,11 @@ COUNTED: Final = 100
 class RedisStreamPoller:
     """Reads lag, pending entries and oldest age of every group of some streams."""
 
-    def __init__(self, url: QueueURL) -> None:
-        """Prepare to poll the streams that ``url`` names."""
+    def __init__(self, url: QueueURL, link: RedisLink | None = None) -> None:
+        """Prepare to poll the streams that ``url`` names, over ``link`` where there is one."""
         self.name = url.name
         self._streams = url.queues
-        self._link = RedisLink(url, EXAMPLE)
+        self._link = link or RedisLink(url, EXAMPLE)
 
     @classmethod
     def from_url(cls, url: str) -> RedisStreamPoller:
@@ -47,7 +47,11 @@ class RedisStreamPoller:
 
     def poll(self) -> list[Sample]:
         """Return the state of every group; a stream that does not exist yet has none. Raises redis.RedisError."""
-        groups = self._groups()
+        return self.poll_streams(self._streams)
+
+    def poll_streams(self, streams: tuple[str, ...]) -> list[Sample]:
+        """Return the state of every group of these streams. Raises redis.RedisError."""
+        groups = self._groups(streams)
         questions: list[Command] = []
         for stream, group in groups:
             after = b"(" + group[b"last-delivered-id"]
@@ -71,12 +75,12 @@ class RedisStreamPoller:
         """Close the connection."""
         self._link.close()
 
-    def _groups(self) -> list[tuple[str, dict[bytes, Any]]]:
+    def _groups(self, streams: tuple[str, ...]) -> list[tuple[str, dict[bytes, Any]]]:
         from redis.exceptions import ResponseError
 
         found: list[tuple[str, dict[bytes, Any]]] = []
-        replies = self._link.ask([("XINFO", "GROUPS", stream) for stream in self._streams])
-        for stream, reply in zip(self._streams, replies, strict=True):
+        replies = self._link.ask([("XINFO", "GROUPS", stream) for stream in streams])
+        for stream, reply in zip(streams, replies, strict=True):
             if isinstance(reply, ResponseError):
                 if "no such key" in str(reply):
                     continue

@@ -1,15 +1,19 @@
-"""Runs of jobs in a worker, as the adapters measure them: wait, run time, outcome, retries."""
+"""Runs of jobs in a worker, as the adapters measure them: wait, run time, outcome, retries, and the run's span."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER, BoundedNames
 from fastapi_headroom.store.writer import Counter, Histogram, Writer
+from fastapi_headroom.tracing import jobs, spans
+
+NOTHING: Final[Mapping[str, Any]] = {}
+"""What a job carries from a publisher that does not trace."""
 
 
 class Runs:
@@ -26,9 +30,19 @@ class Runs:
         self._handles = {}
         self.writer = writer
 
-    def begin(self, system: str, queue: str, task: str, ready: float | None = None) -> Run | None:
+    def begin(
+        self,
+        system: str,
+        queue: str,
+        task: str,
+        ready: float | None = None,
+        job: str = "",
+        carried: Mapping[str, Any] | None = NOTHING,
+    ) -> Run | None:
         """Note the start of a run of a job that was ready at ``ready`` (seconds since 1970; None: it does not tell).
 
+        While traces are on, a span begins below the context that the job has ``carried`` and is the current one until
+        ``Run.end``, to be called in the same context; not where that is None: somebody else makes the span.
         None when nothing is measured. The wait is by the clocks of two hosts: where they disagree by more than the
         wait it counts as 0.
         """
@@ -39,18 +53,26 @@ class Runs:
             self._retries(writer, system, queue, task)  # there with 0 from the first run
             if ready is not None:
                 self._waits(writer, system, queue).observe(max(0.0, time.time() - ready))
-            return Run(self, system, queue, task)
+            run = Run(self, system, queue, task)
+            if spans.active and carried is not None:
+                run.span = jobs.begin(carried.get, system, queue, task, job)
+            return run
         except Exception as error:
             self.guard.failed(error)
             return None
 
     def end(self, run: Run, error: str, retried: bool, seconds: float) -> None:
         """Note the end of a run; ``Run.end`` calls it."""
-        if (writer := self.writer) is None:
-            return
         try:
             name = self._errors(error) if error else ""
-            self._durations(writer, run.system, run.queue, run.task, name).observe(seconds)
+            if run.span is not None:
+                run.span.end(name)
+            if (writer := self.writer) is None:
+                return
+            duration = self._durations(writer, run.system, run.queue, run.task, name)
+            duration.observe(seconds)
+            if run.span is not None and (ids := run.span.sampled) is not None:
+                writer.exemplar(duration, seconds, *ids)
             if retried:
                 self._retries(writer, run.system, run.queue, run.task).inc()
         except Exception as failure:
@@ -76,11 +98,12 @@ class Runs:
 class Run:
     """One run under way."""
 
-    __slots__ = ("_runs", "ended", "queue", "started", "system", "task")
+    __slots__ = ("_runs", "ended", "queue", "span", "started", "system", "task")
 
     def __init__(self, runs: Runs, system: str, queue: str, task: str) -> None:
         self._runs = runs
         self.system, self.queue, self.task = system, queue, task
+        self.span: jobs.JobSpan | None = None
         self.started = time.perf_counter()
         self.ended: float | None = None
         """When the job itself ended (seconds of ``perf_counter``), where that is known before ``end``."""

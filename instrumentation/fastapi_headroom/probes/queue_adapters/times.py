@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Final
+
+READY_AT: Final = "headroom_ready_at"
+"""Where jobs keep since when they can be run, in seconds since 1970; our publisher hooks write it."""
 
 
 def parse_time(text: str) -> float | None:
