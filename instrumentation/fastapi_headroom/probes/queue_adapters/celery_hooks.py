@@ -188,7 +188,7 @@ class CeleryHooks:
         """Return a task's name, ``_OTHER`` for one too many."""
         return self._tasks(name)
 
-    def _system_or_none(self, app: Celery) -> str:
+    def _system_of(self, app: Celery) -> str:
         """Return the system of an app, nothing where its configuration cannot be read: it raises in its own time."""
         try:
             return self.system(app)
