@@ -9,6 +9,7 @@ from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
 from fastapi_headroom.probes.queue_adapters.celery_rabbitmq import CeleryRabbitMQPoller
+from fastapi_headroom.probes.queue_adapters.kafka import KafkaPoller
 from fastapi_headroom.probes.queue_adapters.redis_lists import RedisListPoller
 from fastapi_headroom.probes.queue_adapters.redis_streams import RedisStreamPoller
 from fastapi_headroom.probes.queue_adapters.rq import RQPoller
@@ -31,6 +32,7 @@ _BY_SCHEME: dict[str, _Kind] = {
     "stream+rediss": RedisStreamPoller,
     "list+redis": RedisListPoller,
     "list+rediss": RedisListPoller,
+    "kafka": KafkaPoller,
 }
 
 
