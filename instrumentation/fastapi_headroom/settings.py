@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     """Number of workers that should run; default: WEB_CONCURRENCY, else unknown."""
     queues: Words = ()
     """Queues to poll, as URLs: ``celery+redis://host:6379/0?queues=mail,reports``, ``celery+amqp``, ``rq+redis``,
-    ``stream+redis``, ``list+redis``. Spaces or commas between; a comma inside the query string stays there."""
+    ``stream+redis``, ``list+redis``, ``kafka``. Spaces or commas between; one inside the query string stays there."""
     cache_servers: Words = ()
     """Cache servers to poll for memory, evictions and look-ups, as URLs: ``redis://host:6379/0?name=main``, where
     ``name`` is what the app calls this cache (default: ``host:port/db``). Spaces or commas between."""

@@ -247,7 +247,7 @@ def test_a_broker_that_does_not_answer_is_given_up_after_a_second() -> None:
 @pytest.mark.parametrize(
     ("url", "remedy"),
     [
-        ("kafka://user:secret@host/0?queues=mail", "celery+redis"),
+        ("sqs://user:secret@host/0?queues=mail", "celery+redis"),
         ("celery+redis://user:secret/@host/0?queues=mail", "it looks like celery+redis://host:6379"),
         ("celery+redis://user:secret@host/0", "queues=mail,reports"),
         ("celery+redis://user:secret@host/0?queues=mail&queue=x", "known are queues"),

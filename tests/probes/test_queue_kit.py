@@ -173,7 +173,7 @@ def test_killed_workers_leave_no_drift(subject: Subject) -> None:
     subject.publish(jobs)
     with subject.worker() as worker:
         wait_until(lambda: marks(subject.folder / "holding") == 1, 25, "the job to begin")
-        assert polled.depth() == subject.truth() == jobs
+        assert polled.depth() == subject.truth() == jobs + subject.running_count
         kill(worker)
         wait_until(lambda: polled.depth() == subject.truth(), 5, "the broker to notice")
         assert polled.depth() in (jobs, jobs + 1), "the job that was lost is ready again, or with the broker"
@@ -220,6 +220,19 @@ def test_a_purge_is_seen(subject: Subject) -> None:
     assert polled.depth() == subject.truth() == 0
     subject.publish(7)
     assert polled.depth() == subject.truth() == 7
+
+
+def test_several_sidecars_see_the_same_and_change_nothing(subject: Subject) -> None:
+    """Two pollers of one broker tell the same series with the same values, and the jobs are still there."""
+    subject.publish(5)
+    first, second = Polled(subject), Polled(subject)
+    for _ in range(3):
+        one, two = first.values(), second.values()
+        assert one.keys() == two.keys() == subject.sees
+        assert one[DEPTH] == two[DEPTH] == subject.truth() == 5
+        ages = [values.pop(AGE, 0.0) for values in (one, two)]
+        assert ages[0] == pytest.approx(ages[1], abs=0.5)
+        assert one == two
 
 
 def test_a_broker_that_is_down_is_a_gap_and_comes_back(subject: Subject) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,38 @@ def work_stream(client: Any, name: str) -> None:
             client.xack(name, GROUP, identity)
 
 
-if __name__ == "__main__":
+def work_kafka(address: str, topic: str, group: str) -> None:
+    """Take jobs from a topic for good, as a member of the group; an offset is committed when its job is done."""
+    from confluent_kafka import Consumer, Producer
+
+    options = {"bootstrap.servers": address, "log_level": "0"}
+    producer = Producer(options)
+    consumer = Consumer(
+        {
+            **options, "group.id": group, "enable.auto.commit": "false", "auto.offset.reset": "earliest",
+            "session.timeout.ms": "6000", "heartbeat.interval.ms": "300",
+        }
+    )  # fmt: skip
+    consumer.subscribe([topic])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        while True:
+            message = consumer.poll(0.2)
+            if message is None or message.error() is not None:
+                continue
+            job = json.loads(message.value())
+            try:
+                run(job["folder"], job["kind"])
+            except ConnectionError:
+                producer.produce(topic, message.value())
+                producer.flush(10)
+            consumer.commit(message, asynchronous=False)
+    finally:
+        consumer.close()  # leaves the group
+
+
+if __name__ == "__main__" and sys.argv[1] == "kafka":
+    work_kafka(*sys.argv[2:])
+elif __name__ == "__main__":
     work = {"list": work_list, "stream": work_stream}[sys.argv[1]]
     work(redis.Redis.from_url(sys.argv[2], decode_responses=True), sys.argv[3])

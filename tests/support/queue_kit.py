@@ -38,6 +38,9 @@ class Subject(ABC):
     tells: ClassVar[frozenset[Metric]] = frozenset()
     """The rows that its workers write in the poller's place, into ``store`` in the folder."""
 
+    running_count: ClassVar[bool] = False
+    """Whether a job counts as ready until it is done: in a log only what is committed is behind the group."""
+
     measures: ClassVar[bool] = False
     """Whether the kit's worker measures its jobs, into ``store`` in the folder."""
 

@@ -16,6 +16,7 @@ from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
 from tests.support.dramatiq_subjects import DramatiqOnRabbitMQ, DramatiqOnRedis
+from tests.support.kafka_subject import KafkaTopic
 from tests.support.queue_kit import PYTHON, Subject
 from tests.support.queue_rabbitmq import remove_queues
 from tests.support.queue_redis import OnRedis
@@ -195,7 +196,7 @@ def disconnect() -> None:
 
 SUBJECTS: tuple[type[Subject], ...] = (
     RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
-    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ,
+    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ, KafkaTopic,
 )  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq

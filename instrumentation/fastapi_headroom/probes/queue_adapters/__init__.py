@@ -12,6 +12,7 @@ from fastapi_headroom.probes.queue_adapters.celery import CeleryRedisPoller
 from fastapi_headroom.probes.queue_adapters.celery_rabbitmq import CeleryRabbitMQPoller
 from fastapi_headroom.probes.queue_adapters.dramatiq import DramatiqRedisPoller
 from fastapi_headroom.probes.queue_adapters.dramatiq_rabbitmq import DramatiqRabbitMQPoller
+from fastapi_headroom.probes.queue_adapters.kafka import KafkaPoller
 from fastapi_headroom.probes.queue_adapters.redis_lists import RedisListPoller
 from fastapi_headroom.probes.queue_adapters.redis_streams import RedisStreamPoller
 from fastapi_headroom.probes.queue_adapters.rq import RQPoller
@@ -46,6 +47,7 @@ _BY_SCHEME: dict[str, _Kind] = {
     "stream+rediss": RedisStreamPoller,
     "list+redis": RedisListPoller,
     "list+rediss": RedisListPoller,
+    "kafka": KafkaPoller,
 }
 
 
