@@ -15,8 +15,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, STAGES, Ledger
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
-from fastapi_headroom.store.handles import gil_enabled
-from fastapi_headroom.store.writer import Counter, Histogram, Writer
+from fastapi_headroom.store.writer import Counter, Histogram, Writer, gil_enabled
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}

@@ -18,17 +18,28 @@ from pathlib import Path
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.store import handles, layout, memory
-from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge
+from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge, gil_enabled
 from fastapi_headroom.store.region import CAPACITY, FullError, Region
 from fastapi_headroom.store.slot_files import SlotFiles
 
-__all__ = ["OVERFLOW", "Counter", "Gauge", "Histogram", "Samples", "Writer", "redirect", "redirected", "watch_redirect"]
+__all__ = [
+    "OVERFLOW",
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Samples",
+    "Writer",
+    "gil_enabled",
+    "redirect",
+    "redirected",
+    "watch_redirect",
+]
 
 log = logging.getLogger("fastapi_headroom")
 OVERFLOW = "_overflow"
 """The value of every label of a family's series for what came after the cap."""
 _BYTES_PER_SERIES = 512
-_COUNTER, _GAUGE, _HISTOGRAM = handles.classes(handles.gil_enabled())
+_COUNTER, _GAUGE, _HISTOGRAM = handles.classes(gil_enabled())
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
