@@ -113,6 +113,15 @@ def test_a_job_that_kills_its_work_horse_is_a_failed_run(subject: RQ) -> None:
     assert rows["headroom_queue_failed"] == 1.0
 
 
+def test_a_job_that_takes_longer_than_it_may_is_a_time_out(subject: RQ) -> None:
+    """A job over its time limit is one run with RQ's error type for that, about as long as the limit."""
+    subject.queue.enqueue(queue_jobs.run, str(subject.folder), "hold", job_timeout=1)
+    with worker(subject, "forking") as directory:
+        wait_until(lambda: total(directory, f"{RUNS}_count", error_type="JobTimeoutException") == 1.0, 20, "the end")
+        assert 0.9 < total(directory, f"{RUNS}_sum", error_type="JobTimeoutException") < 5.0
+        assert total(directory, f"{RUNS}_count") == 1.0
+
+
 def test_publishing_is_timed_once_and_charged_to_the_request(subject: RQ, measured: Writer) -> None:
     """Each way to hand a job over is counted once and is the publish stage of the request's ledger."""
     calls: list[tuple[str, int]] = []
