@@ -29,13 +29,14 @@ FILLING = {
     "redis.call('HSET', 'rq:job:job1', 'enqueued_at', '2026-01-01T00:00:00.000000Z')",
     "dramatiq": "for i = 1, ARGV[1] do redis.call('RPUSH', 'dramatiq:mail', 'id' .. i) end "
     "redis.call('HSET', 'dramatiq:mail.msgs', 'id1', '{\"message_timestamp\":1700000000000}')",
+    "taskiq": "for i = 1, ARGV[1] do redis.call('LPUSH', 'mail', '{\"labels\": {\"headroom_ready_at\": \"1\"}}') end",
     # behind as many running ones as are looked at
     "arq": "for i = 1, ARGV[1] + 499 do redis.call('ZADD', 'mail', i, 'job' .. i) end "
     "for i = 1, 499 do redis.call('SET', 'arq:in-progress:job' .. i, '1') end",
 }
 ALLOWED = {"llen", "lindex", "hlen", "hget", "zcard", "zcount", "zrange", "scard", "smembers", "exists"}
 ALLOWED |= {"xinfo|groups", "xlen", "xrange"}
-ALLOWED |= {"multi", "mget", "exec"}
+ALLOWED |= {"multi", "mget", "exec", "type"}
 """O(1), O(log n), or of as many steps as there are groups, queues, workers or running jobs, all few."""
 BESIDE = {"config|resetstat", "info", "client|setinfo", "hello"}
 

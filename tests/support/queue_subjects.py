@@ -195,9 +195,12 @@ def disconnect() -> None:
 
 SUBJECTS: tuple[type[Subject], ...] = (
     RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
-    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ,
+    TaskiqList, TaskiqStream,
 )  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq
 
     SUBJECTS += (Arq,)
+
+SLOW: tuple[type[Subject], ...] = (TaskiqOnRabbitMQ,)
+"""Kinds whose poller is that of another kind, run by ``make soak``."""
