@@ -84,6 +84,7 @@ class RQ(OnRedis):
     """RQ with its own worker."""
 
     kind = "rq"
+    grace = 10.0  # it leaves the list of workers at its end
     sees = frozenset({DEPTH, AGE, BUSY, CONSUMERS, catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED})
 
     @property
