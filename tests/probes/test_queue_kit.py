@@ -18,7 +18,7 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support.queue_jobs import marks
 from tests.support.queue_kit import Polled, Subject, kill, sleep_until, total
-from tests.support.queue_subjects import SUBJECTS
+from tests.support.queue_subjects import SLOW, SUBJECTS
 
 DEPTH, AGE, BUSY = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_IN_PROGRESS
 CONSUMERS, DELAYED, FAILED = catalog.QUEUE_CONSUMERS, catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED
@@ -38,7 +38,10 @@ def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[type
         yield broker
 
 
-@pytest.fixture(scope="module", params=SUBJECTS, ids=lambda kind: kind.__name__)
+KINDS = [*SUBJECTS, *(pytest.param(kind, marks=pytest.mark.soak) for kind in SLOW)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
 def kind(request: pytest.FixtureRequest, brokers: Callable[[type], object]) -> tuple[type[Subject], object]:
     """Each kind of queue in turn."""
     return request.param, brokers(request.param.broker)

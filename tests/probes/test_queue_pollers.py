@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ import redis as redis_client
 
 from demo_app.stack.servers import Redis
 from fastapi_headroom import catalog
-from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.errors import MissingExtraError, SettingsError
 from fastapi_headroom.probes.queue_adapters import poller_for
 from fastapi_headroom.probes.queue_adapters.redis_streams import COUNTED
 
@@ -29,13 +30,14 @@ FILLING = {
     "redis.call('HSET', 'rq:job:job1', 'enqueued_at', '2026-01-01T00:00:00.000000Z')",
     "dramatiq": "for i = 1, ARGV[1] do redis.call('RPUSH', 'dramatiq:mail', 'id' .. i) end "
     "redis.call('HSET', 'dramatiq:mail.msgs', 'id1', '{\"message_timestamp\":1700000000000}')",
+    "taskiq": "for i = 1, ARGV[1] do redis.call('LPUSH', 'mail', '{\"labels\": {\"headroom_ready_at\": \"1\"}}') end",
     # behind as many running ones as are looked at
     "arq": "for i = 1, ARGV[1] + 499 do redis.call('ZADD', 'mail', i, 'job' .. i) end "
     "for i = 1, 499 do redis.call('SET', 'arq:in-progress:job' .. i, '1') end",
 }
 ALLOWED = {"llen", "lindex", "hlen", "hget", "zcard", "zcount", "zrange", "scard", "smembers", "exists"}
 ALLOWED |= {"xinfo|groups", "xlen", "xrange"}
-ALLOWED |= {"multi", "mget", "exec"}
+ALLOWED |= {"multi", "mget", "exec", "type"}
 """O(1), O(log n), or of as many steps as there are groups, queues, workers or running jobs, all few."""
 BESIDE = {"config|resetstat", "info", "client|setinfo", "hello"}
 
@@ -168,6 +170,11 @@ def test_a_lists_age_comes_from_its_items(
         ("stream+redis://user:secret@host/0?timestamp=at", "unknown parameter 'timestamp'"),
         ("celery+amqp://user:secret@host/", "names no queue; it looks like celery+amqp://"),
         ("celery+amqp://user:secret@host:port/?queues=mail", "no usable host and port"),
+        ("arq+redis://user:secret/@host/0", "it looks like arq+redis://host:6379/0"),
+        ("dramatiq+redis://user:secret@host/0", "names no queue; it looks like dramatiq+redis://"),
+        ("dramatiq+amqp://user:secret@host/", "names no queue; it looks like dramatiq+amqp://"),
+        ("taskiq+redis://user:secret@host/0?groups=a", "known are queues, group"),
+        ("taskiq+amqp://user:secret@host/", "names no queue; it looks like taskiq+amqp://"),
     ],
 )
 def test_a_url_that_cannot_be_used_names_the_remedy(url: str, remedy: str) -> None:
@@ -175,3 +182,11 @@ def test_a_url_that_cannot_be_used_names_the_remedy(url: str, remedy: str) -> No
     with pytest.raises(SettingsError, match=re.escape(remedy)) as caught:
         poller_for(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["celery", "dramatiq", "taskiq"])
+def test_polling_rabbitmq_without_its_client_names_the_extra(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the AMQP client the error says which extra brings it."""
+    monkeypatch.setitem(sys.modules, "amqp", None)
+    with pytest.raises(MissingExtraError, match=rf"fastapi-headroom\[{library}\]"):
+        poller_for(f"{library}+amqp://host/?queues=mail")

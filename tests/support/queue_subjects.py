@@ -85,6 +85,7 @@ class RQ(OnRedis):
     """RQ with its own worker."""
 
     kind = "rq"
+    grace = 10.0  # it leaves the list of workers at its end
     sees = frozenset({DEPTH, AGE, BUSY, CONSUMERS, catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED})
 
     @property
@@ -196,9 +197,12 @@ def disconnect() -> None:
 
 SUBJECTS: tuple[type[Subject], ...] = (
     RedisList, RedisStream, RQ, CeleryOnRedis, CeleryOnRabbitMQ, DramatiqOnRedis, DramatiqOnRabbitMQ,
-    TaskiqList, TaskiqStream, TaskiqOnRabbitMQ, KafkaTopic,
+    TaskiqList, TaskiqStream, KafkaTopic,
 )  # fmt: skip
 if find_spec("arq"):  # in an environment of its own: see tests/arq.txt
     from tests.support.arq_subject import Arq
 
     SUBJECTS += (Arq,)
+
+SLOW: tuple[type[Subject], ...] = (TaskiqOnRabbitMQ,)
+"""Kinds whose poller is that of another kind, run by ``make soak``."""
