@@ -114,7 +114,7 @@ class PoolHooks:
                 return original(pool)
             if state.idle:  # on one loop nobody else can take what lies ready: there is no wait to account for
                 try:
-                    state.queue.wait.observe(0.0)
+                    state.queue.wait.observe_none()
                     state.queue.demand.observe(len(state.held))
                 except Exception as failure:
                     probe.guard.failed(failure)

@@ -28,6 +28,7 @@ from fastapi_headroom.probes import arrival, routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
 from fastapi_headroom.probes.exchange import UNMATCHED
+from fastapi_headroom.probes.measured_app import MeasuredApp
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.request_series import METHODS, Table
 from fastapi_headroom.probes.request_tasks import TaskHook
@@ -35,7 +36,6 @@ from fastapi_headroom.probes.routes import SCOPE_KEY
 from fastapi_headroom.probes.server_timing import exchange_class
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
-from fastapi_headroom.tracing.apps import telemetry_is_configured
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 Call = Callable[..., Any]
@@ -72,7 +72,7 @@ class RequestProbe:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served = on_first_serve is None
         self._lock = threading.Lock()
-        self._apps: dict[int, _Measured] = {}
+        self._apps: dict[int, MeasuredApp] = {}
         self._put_on: dict[type[Any], tuple[Call, Call]] = {}
         self._table: Table | None = None
         self._tasks = TaskHook()
@@ -88,10 +88,10 @@ class RequestProbe:
         cls = next((cls for cls in _CLASSES if isinstance(app, cls)), None)
         if cls is None:
             wrapper = Wrapper(app, self)
-            measured = self._apps[id(wrapper)] = self._apps[id(app)] = _Measured(lambda: app, wrapper)
+            measured = self._apps[id(wrapper)] = self._apps[id(app)] = MeasuredApp(lambda: app, wrapper)
         else:
             key, apps = id(app), self._apps
-            measured = apps[key] = _Measured(weakref.ref(app, lambda _: apps.pop(key, None)), None)
+            measured = apps[key] = MeasuredApp(weakref.ref(app, lambda _: apps.pop(key, None)), None)
             self._wrap_class(cls)
         if self._table is not None:
             self._look_at(measured, self._table)
@@ -120,7 +120,7 @@ class RequestProbe:
             self._tasks.attach(self._loop)
 
     def sample(self) -> None:
-        """Find out whether FastAPI's own telemetry is wanted; see ``_Measured.telemetry_dormant``."""
+        """Find out whether FastAPI's own telemetry is wanted; see ``MeasuredApp.telemetry_dormant``."""
         for measured in list(self._apps.values()):
             self._look_for_telemetry(measured)
 
@@ -151,7 +151,7 @@ class RequestProbe:
         for measured in list(self._apps.values()):
             self._announce(measured, table)
 
-    def _announce(self, measured: _Measured, table: Table) -> None:
+    def _announce(self, measured: MeasuredApp, table: Table) -> None:
         found: Iterable[Any] = getattr(measured.app(), "routes", ())
         try:
             for template in routes.templates(found):
@@ -161,10 +161,10 @@ class RequestProbe:
         except Exception as error:  # an app with routes of another kind is measured all the same
             self.guard.failed(error)
 
-    def _look_for_telemetry(self, measured: _Measured) -> None:
+    def _look_for_telemetry(self, measured: MeasuredApp) -> None:
         measured.stand_aside = measured.telemetry_dormant(self._settings.keep_fastapi_telemetry, self.owns_tracing)
 
-    def _look_at(self, measured: _Measured, table: Table) -> None:
+    def _look_at(self, measured: MeasuredApp, table: Table) -> None:
         """Find out what is to be known of one app, whose routes often come after ``init``. Never raises."""
         try:
             self._announce(measured, table)
@@ -228,7 +228,7 @@ class RequestProbe:
         __call__.__wrapped__ = original  # type: ignore[attr-defined]
         return __call__
 
-    def _table_for(self, measured: _Measured, scope: Any) -> Table | None:
+    def _table_for(self, measured: MeasuredApp, scope: Any) -> Table | None:
         """Return the table to count a request in; None for what is not to be counted as one.
 
         Notes in ``measured`` when the next requests need not ask.
@@ -254,7 +254,7 @@ class RequestProbe:
             measured.table = measured.loop = None
 
     async def _serve_other(
-        self, measured: _Measured, original: Call, app: Any, scope: Any, receive: Any, send: Any
+        self, measured: MeasuredApp, original: Call, app: Any, scope: Any, receive: Any, send: Any
     ) -> Any:
         """Serve a lifespan, a WebSocket, an excluded path, or anything while the probe is off."""
         kind = scope["type"]
@@ -334,36 +334,6 @@ class RequestProbe:
             if cls.__call__ is wrapper:  # else somebody wrapped ours: it stays below, and does nothing
                 cls.__call__ = original
         self._put_on.clear()
-
-
-class _Measured:
-    """What the probe knows of one app."""
-
-    __slots__ = ("app", "loop", "new", "served_by", "stand_aside", "table")
-
-    def __init__(self, app: Callable[[], Any], served_by: Any) -> None:
-        self.app = app
-        self.served_by = served_by
-        """What the server calls: None for the app itself."""
-        self.stand_aside = False
-        self.new = True
-        """It has served no request yet."""
-        self.table: Table | None = None
-        """Where its requests on ``loop`` are counted; None when a request must ask ``_table_for``."""
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    def telemetry_dormant(self, keep: bool, owns_tracing: bool) -> bool:
-        """Return whether FastAPI's own telemetry may be told to stand aside.
-
-        It costs CPU on every request even when it has nothing to report to. It stays when a setting says so, when
-        the user configured it for this app, or when there is a provider that it reports to and we do not.
-        """
-        app = self.app()
-        config = getattr(app, "_telemetry", None)
-        native = getattr(app, "_native_telemetry", None)
-        if keep or not isinstance(config, dict) or native is None or telemetry_is_configured(app):
-            return False
-        return owns_tracing or not native.enabled()
 
 
 class Wrapper:

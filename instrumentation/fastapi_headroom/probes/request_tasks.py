@@ -17,6 +17,7 @@ from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import current
 
 Factory = Callable[..., Any]
+_Task: Any = asyncio.Task
 
 
 class TaskHook:
@@ -57,30 +58,38 @@ def _driven(coroutine: Any, options: dict[str, Any]) -> Any:
 
 
 def _factory(make: Factory | None) -> Factory:
+    if make is None:
+        return _create
 
     def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-        coroutine = _driven(coroutine, options)
-        if make is not None:
-            return make(loop, coroutine, **options)
-        task: Any = asyncio.Task(coroutine, loop=loop, **options)
-        if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
-            while stack and stack[-1].filename == __file__:
-                stack.pop()
-            if stack and stack[-1].filename == base_events.__file__:
-                stack.pop()
-        return task
+        return make(loop, _driven(coroutine, options), **options)
 
     return _eager(make) or create
 
 
-def _eager(make: Factory | None) -> Factory | None:
+def _create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+    """Make a task as a loop without a factory does. Every task of the process passes here."""
+    context = options.get("context") if options else None
+    ledger = current.get() if context is None else context.get(current)
+    if ledger is not None and not ledger.finished:
+        coroutine = _driven(coroutine, options)
+    task: Any = _Task(coroutine, loop=loop, **options)
+    if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
+        while stack and stack[-1].filename == __file__:
+            stack.pop()
+        if stack and stack[-1].filename == base_events.__file__:
+            stack.pop()
+    return task
+
+
+def _eager(make: Factory) -> Factory | None:
     """Return an eager task factory in place of one, None for any other.
 
     AnyIO recognises an eager factory by its code and has the constructor within make its tasks, because they must
     not start before it knows them: ours has to be recognised as well.
     """
     eager = getattr(asyncio, "eager_task_factory", None)  # Python 3.12 and later
-    if make is None or eager is None or getattr(make, "__code__", None) is not eager.__code__:
+    if eager is None or getattr(make, "__code__", None) is not eager.__code__:
         return None
     construct = inspect.getclosurevars(make).nonlocals["custom_task_constructor"]
 
