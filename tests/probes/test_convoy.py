@@ -13,6 +13,8 @@ import pytest
 
 from tests.probes.loops import RUNS, Run, measured, verdicts
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(params=list(RUNS))
 def run(request: pytest.FixtureRequest) -> Run:

@@ -28,6 +28,8 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.claims import Claims
 from fastapi_headroom.store.writer import Writer
 
+pytestmark = pytest.mark.alone
+
 LABELS = {"db_client_connection_pool_name": "shop"}
 
 
