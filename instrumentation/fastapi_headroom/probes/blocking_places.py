@@ -2,8 +2,8 @@
 
 Each place is one that no other probe wraps: a wrap below or above another one could not be taken out alone.
 
-Not here: ``open`` and the methods of files, which the watchdog finds (see ``file_calls``). Left to its cause ``io``: drivers
-written in C that are used without SQLAlchemy; locks.
+Not here: ``open`` and the methods of files, which the watchdog finds (see ``file_calls``). Left to its cause ``io``:
+drivers written in C that are used without SQLAlchemy; locks.
 """
 
 from __future__ import annotations
