@@ -2,8 +2,7 @@
 
 Each place is one that no other probe wraps: a wrap below or above another one could not be taken out alone.
 
-Not here, and left to the watchdog (cause ``io``): ``open`` and the reading of files, which are C methods without a
-place to wrap (an audit hook would tell that a file is opened, not how long that takes, and can never be removed);
+Not here: ``open`` and the methods of files, which the watchdog finds (see ``file_calls``). Left to its cause ``io``:
 drivers written in C that are used without SQLAlchemy; locks.
 """
 
