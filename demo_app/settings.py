@@ -33,6 +33,11 @@ class ShopSettings(BaseSettings):
     """How long entries stay in Redis, before jitter."""
 
     @property
+    def pool_minimum(self) -> int:
+        """Connections that one worker always has: a quarter of its share."""
+        return max(1, self.connection_budget // self.workers // 4)
+
+    @property
     def pool_size(self) -> int:
         """Connections that one worker keeps open: three quarters of its share."""
         return max(1, self.connection_budget // self.workers * 3 // 4)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.probes.pool_bounds import Bounds
 from fastapi_headroom.probes.pool_names import base_engine
 from fastapi_headroom.probes.pool_resize import limits_of
-from fastapi_headroom.probes.pool_sizing import Bounds, Sizing
+from fastapi_headroom.probes.pool_sizing import Sizing
 from fastapi_headroom.store.writer import redirected
 
 if TYPE_CHECKING:

@@ -119,8 +119,8 @@ class Resizer:
         from sqlalchemy.util.queue import Full
 
         pool, woken = self.pool, False
-        if pool._max_overflow < 0:
-            return False
+        if pool._max_overflow < 0 or (pool._is_asyncio and loop_of(pool) is None):
+            return False  # nobody ever waits, or nobody did so far
         while self._waiting() > len(_ready(pool._pool)) and pool._inc_overflow():
             try:
                 pool._pool.put(_ConnectionRecord(pool, connect=False), False)
