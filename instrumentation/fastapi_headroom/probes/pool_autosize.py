@@ -88,7 +88,7 @@ class Autosize:
     @property
     def limit(self) -> int | None:
         """Connections that this worker's pool may open now; None while not active."""
-        return None if self.sizing is None else self.sizing.limit
+        return None if self.sizing is None or self.engine() is None else self.sizing.limit
 
     def stop(self) -> None:
         """Put the original limit back for good. Idempotent."""

@@ -95,7 +95,7 @@ class Sizing:
         engine = self._engine()
         if engine is None or self._closed or not self._loop_keeps_up():
             return
-        if engine.pool is not self._resizer.pool:
+        if engine.pool is not self._resizer.pool_if_there:
             self._disposed(engine)
         reading = self._read(engine)
         if reading is None:
@@ -103,7 +103,7 @@ class Sizing:
         decision = self._controller.decide(reading)
         self._wanted.set(decision.wanted)
         self._go_to(*self._agree(decision, limit=reading.limit))
-        self._run_in_pool(self._resizer.wake)  # also for one that was overtaken the last time
+        self._run_in_pool(self._wake)  # also for one that was overtaken the last time
 
     # ------------------------------------------------------------------ reading
     def _read(self, engine: Any) -> Reading | None:
@@ -215,11 +215,15 @@ class Sizing:
 
     def _apply(self, size: int) -> None:
         resizer = self._resizer
-        if self._closed:
+        if self._closed or resizer.pool_if_there is None:
             return
         if resizer.pool._is_asyncio and self._loop() is None:
             size = max(size, resizer.places)  # what lies ready could not be closed
         self._close_all(resizer, resizer.resize(size))
+
+    def _wake(self) -> None:
+        if not self._closed and self._resizer.pool_if_there is not None:
+            self._resizer.wake()
 
     def _close_all(self, resizer: Resizer, records: list[Any]) -> None:
         if not records:
@@ -269,14 +273,15 @@ class Sizing:
 
     def _disposed(self, engine: Any) -> None:
         """Go on with the pool that replaced the one that was disposed of; what is still out of that one counts."""
-        old, pool = self._resizer, engine.pool
-        if self._closed or pool is old.pool:
+        pool, resizer = engine.pool, self._resizer
+        old = resizer.pool_if_there
+        if self._closed or pool is old:
             return
         try:
-            state: PoolState | None = vars(old.pool).get(STATE_KEY)
+            state: PoolState | None = None if old is None else vars(old).get(STATE_KEY)
             if state is not None and state.held:
-                old.retire(len(state.held))
-                self._owed.append(weakref.ref(old.pool))
+                resizer.retire(len(state.held))
+                self._owed.append(weakref.ref(old))
             reference = weakref.ref(pool)
             self._resizer = Resizer(pool, self._original, lambda: _waiting(reference()))
             self._target = max(0, min(self._target, self._claimed - self._beside()))
@@ -293,8 +298,13 @@ class Sizing:
         if self._closed:
             return
         self._closed = True
+        self._busy.close()
+        if engine is None:
+            if self._claims is not None:
+                self._claims.close()
+            return
         resizer = self._resizer
-        if engine is not None and event.contains(engine, "engine_disposed", self._disposed):
+        if event.contains(engine, "engine_disposed", self._disposed):
             event.remove(engine, "engine_disposed", self._disposed)
         on_loop = resizer.pool._is_asyncio and self._loop() is not None
 
@@ -308,7 +318,6 @@ class Sizing:
             done.wait(_RESTORE_SECONDS)
         if self._claims is not None:
             self._claims.close()
-        self._busy.close()
         limit = float(resizer.limit)
         for metric in (catalog.POOL_AUTOSIZE_MINIMUM, catalog.POOL_AUTOSIZE_MAXIMUM, catalog.POOL_AUTOSIZE_WANTED):
             self._writer.gauge(metric, self.name).set(limit)  # a range of nothing: it does not move any more
@@ -317,7 +326,8 @@ class Sizing:
     def abandon(self) -> None:
         """Leave everything to the parent: this is a forked child, which begins anew when it serves."""
         self._closed = True
-        self._resizer.forget()
+        if self._engine() is not None:
+            self._resizer.forget()
         if self._claims is not None:
             self._claims.forget_lock()
             self._claims.abandon()
