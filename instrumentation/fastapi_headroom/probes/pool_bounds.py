@@ -17,6 +17,12 @@ class Bounds(NamedTuple):
     workers: int | None
     patience: float
 
+    @property
+    def enough(self) -> int:
+        """What a fixed size would be: an even share of the budget; half of the maximum where the workers are unknown."""
+        share = self.budget // self.workers if self.workers else self.maximum // 2
+        return max(self.minimum, min(share, self.maximum))
+
     def check(self) -> None:
         """Raise SettingsError where the numbers contradict each other."""
         for name, value in (("minimum", self.minimum), ("maximum", self.maximum), ("budget", self.budget)):

@@ -57,7 +57,7 @@ class Sizing:
         self._claimed = bounds.minimum
         self._owed: list[weakref.ref[Any]] = []
         """Pools that the engine has replaced while something was checked out of them."""
-        self._controller = Controller(bounds.minimum, bounds.maximum, bounds.patience)
+        self._controller = Controller(bounds.minimum, bounds.maximum, bounds.patience, enough=bounds.enough)
         self._busy = Busy()
         self._asked: tuple[Any, threading.Event] = None, threading.Event()
         """The event loop that was asked for something last, and whether it has done it."""
