@@ -19,7 +19,7 @@ class Bounds(NamedTuple):
 
     @property
     def enough(self) -> int:
-        """What a fixed size would be: an even share of the budget; half of the maximum where the workers are unknown."""
+        """What a fixed size would be: an even share of the budget, half of the maximum if workers are unknown."""
         share = self.budget // self.workers if self.workers else self.maximum // 2
         return max(self.minimum, min(share, self.maximum))
 
