@@ -10,8 +10,8 @@ What the checkouts need is the largest of
 - who has a connection and who waits for one, at this moment, if somebody waits;
 - Little's law: checkouts per second of the last moments times seconds of hold.
 
-More connections are of no use where something else is short. So the pool does not grow beyond what a fixed size would be
-while the process has no CPU to spare. And a pool that is full for a while is tried at two thirds of its size: if it
+More connections are of no use where something else is short. So the pool does not grow beyond what a fixed size would
+be while the process has no CPU to spare. And a pool that is full for a while is tried at two thirds of its size: if it
 serves as much there, the database (its CPU, its disk, a lock) is what is short, and the pool stays there, to try a
 larger size again later.
 """
