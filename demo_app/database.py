@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+import fastapi_headroom as headroom
 from demo_app.settings import shop_settings
 
 _settings = shop_settings()
@@ -21,6 +22,14 @@ engine = create_async_engine(
     pool_pre_ping=True,
     pool_recycle=1800,
     pool_use_lifo=True,  # connections that nobody needs grow old and may be closed
+)
+# Within the budget the limit follows the load: a worker that is busy may have what the others do not need.
+headroom.autosize(
+    engine,
+    minimum=_settings.pool_minimum,
+    maximum=_settings.connection_budget,
+    budget=_settings.connection_budget,
+    workers=_settings.workers,
 )
 Session = async_sessionmaker(engine, expire_on_commit=False)
 

@@ -37,6 +37,11 @@ class ShopSettings(BaseSettings):
     """The same in the second region: how far it may be behind."""
 
     @property
+    def pool_minimum(self) -> int:
+        """Connections that one worker always has: a quarter of its share."""
+        return max(1, self.connection_budget // self.workers // 4)
+
+    @property
     def pool_size(self) -> int:
         """Connections that one worker keeps open: three quarters of its share."""
         return max(1, self.connection_budget // self.workers * 3 // 4)

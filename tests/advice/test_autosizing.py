@@ -127,6 +127,14 @@ def test_a_pool_does_not_grow_while_there_is_no_cpu() -> None:
     assert 20 <= follow(controller, pool, 0, 5)[-1].size <= 21
 
 
+def test_without_cpu_a_pool_still_grows_to_what_a_fixed_size_would_be() -> None:
+    """A starved process holds connections for longer; it is not turned away at the minimum for that."""
+    controller, pool = Controller(2, 30, 30.0, enough=8), Pool(2, hold=0.05)
+    pool.crowd, pool.busy = 20, 0.97
+    decisions = follow(controller, pool, 0, 5)
+    assert (decisions[-1].size, decisions[-1].held) == (8, "cpu")
+
+
 def test_counters_that_begin_anew_are_no_demand() -> None:
     """After another store is written to, the size stays instead of following a negative rate."""
     controller, pool = Controller(2, 30, 5.0), Pool(4, hold=0.05)

@@ -214,3 +214,4 @@ def test_the_connection_budget_is_kept() -> None:
         settings = ShopSettings(workers=workers, connection_budget=16)
         assert settings.pool_size >= 1
         assert workers * (settings.pool_size + settings.max_overflow) <= 16
+        assert 1 <= settings.pool_minimum <= settings.pool_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
 import fastapi_headroom as headroom
 from demo_app.stack.servers import Postgres
+from fastapi_headroom import testing as headroom_testing
 from fastapi_headroom.advice import autosizing
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes import pool_autosize
@@ -328,3 +330,32 @@ async def test_pools_without_a_limit_of_their_own_get_one_and_lose_it_again(
         assert (pool._pool.maxsize, pool._max_overflow) == (size, overflow)
         assert pool.checkedin() <= 3
         await engine.dispose()
+
+
+async def test_while_metrics_are_captured_a_pool_grows_without_a_store(postgres: Postgres, engine: AsyncEngine) -> None:
+    """A user's test that captures metrics is no worker among others: no file, and no wait for a budget."""
+    with headroom_testing.capture_metrics():
+        handle = headroom.init_worker(exporter=False, tracing=False)
+        sizing = headroom.autosize(engine, 1, 4, 4)
+        stop = asyncio.Event()
+        load_ = asyncio.create_task(crowd(engine, 6, stop))
+        await until(lambda: sizing.limit == 4, "it grows")
+        stop.set()
+        await load_
+        handle.shutdown()
+    sizing.stop()
+
+
+def test_an_engine_that_is_gone_frees_its_claim(probe: PoolProbe, postgres: Postgres, tmp_path: Path) -> None:
+    """An engine that its user drops takes its claim with it, without stop()."""
+    engine = create_engine(postgres.url(driver="psycopg"), pool_logging_name="shop")
+    headroom.autosize(engine, 2, 4, 4)
+    watcher = Claims(claims_of(tmp_path))
+    with watcher.change() as change:
+        assert change.taken == 2
+    engine.dispose()
+    del engine
+    gc.collect()
+    with watcher.change() as change:
+        assert change.taken == 0
+    watcher.close()

@@ -10,9 +10,10 @@ What the checkouts need is the largest of
 - who has a connection and who waits for one, at this moment, if somebody waits;
 - Little's law: checkouts per second of the last moments times seconds of hold.
 
-More connections are of no use where something else is short. So the pool does not grow while the process has no CPU
-to spare. And a pool that is full for a while is tried at two thirds of its size: if it serves as much there, the
-database (its CPU, its disk, a lock) is what is short, and the pool stays there, to try a larger size again later.
+More connections are of no use where something else is short. So the pool does not grow beyond what a fixed size would
+be while the process has no CPU to spare. And a pool that is full for a while is tried at two thirds of its size: if it
+serves as much there, the database (its CPU, its disk, a lock) is what is short, and the pool stays there, to try a
+larger size again later.
 """
 
 from __future__ import annotations
@@ -98,9 +99,14 @@ class _Stay(NamedTuple):
 class Controller:
     """Decides for one pool of one worker."""
 
-    def __init__(self, minimum: int, maximum: int, patience: float) -> None:
-        """Sizes are connections; ``patience`` is seconds of lower demand before the pool shrinks."""
+    def __init__(self, minimum: int, maximum: int, patience: float, *, enough: int | None = None) -> None:
+        """Sizes are connections; ``patience`` is seconds of lower demand before the pool shrinks.
+
+        ``enough`` is the size up to which the pool grows without CPU to spare as well (default: the minimum): what a
+        fixed size would be. Slow requests hold connections for longer, and must not be turned away for that.
+        """
         self._minimum, self._maximum, self._patience = minimum, maximum, patience
+        self._enough = minimum if enough is None else max(minimum, min(enough, maximum))
         self._readings: deque[Reading] = deque()
         self._needs: deque[tuple[float, int]] = deque()
         self._changed = self._stepped = 0.0
@@ -142,8 +148,10 @@ class Controller:
         if need > now.limit:
             if now.limit >= most:
                 return now.limit, "", held
-            if now.busy >= thresholds.POOL_AUTOSIZE_BUSY and now.limit >= self._minimum:
-                return now.limit, "", "cpu"
+            if now.busy >= thresholds.POOL_AUTOSIZE_BUSY:
+                if now.limit >= self._enough:
+                    return now.limit, "", "cpu"
+                most = min(most, self._enough)
             return min(need, most, max(2 * now.limit, now.limit + 2)), "demand", ""
         if calm < now.limit and now.at - self._stepped >= STEP_DOWN:
             self._stepped = now.at

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.probes.pool_bounds import Bounds
 from fastapi_headroom.probes.pool_names import base_engine
 from fastapi_headroom.probes.pool_resize import limits_of
-from fastapi_headroom.probes.pool_sizing import Bounds, Sizing
+from fastapi_headroom.probes.pool_sizing import Sizing
 from fastapi_headroom.store.writer import redirected
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Autosize:
     @property
     def limit(self) -> int | None:
         """Connections that this worker's pool may open now; None while not active."""
-        return None if self.sizing is None else self.sizing.limit
+        return None if self.sizing is None or self.engine() is None else self.sizing.limit
 
     def stop(self) -> None:
         """Put the original limit back for good. Idempotent."""

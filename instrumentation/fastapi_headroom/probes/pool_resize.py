@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -31,13 +32,26 @@ class Resizer:
 
     def __init__(self, pool: Any, original: tuple[int, int], waiting: Callable[[], int]) -> None:
         """``original`` is size and overflow to put back, ``waiting`` tells how many checkouts wait."""
-        self.pool = pool
+        self._pool = weakref.ref(pool)  # a pool refers to its engine, and whoever drops that must be rid of it
         self._original, self._waiting = original, waiting
         self._lock = threading.RLock()
         self._target = 1 << 30
         self._phantom = 0
         self.closing = 0
         """Connections that are no places any more, but not closed yet."""
+
+    @property
+    def pool(self) -> Any:
+        """The pool. Raises ReferenceError when it is gone."""
+        pool = self._pool()
+        if pool is None:
+            raise ReferenceError("the pool is gone")
+        return pool
+
+    @property
+    def pool_if_there(self) -> Any:
+        """The pool, None when it is gone."""
+        return self._pool()
 
     @property
     def places(self) -> int:
@@ -119,8 +133,8 @@ class Resizer:
         from sqlalchemy.util.queue import Full
 
         pool, woken = self.pool, False
-        if pool._max_overflow < 0:
-            return False
+        if pool._max_overflow < 0 or (pool._is_asyncio and loop_of(pool) is None):
+            return False  # nobody ever waits, or nobody did so far
         while self._waiting() > len(_ready(pool._pool)) and pool._inc_overflow():
             try:
                 pool._pool.put(_ConnectionRecord(pool, connect=False), False)

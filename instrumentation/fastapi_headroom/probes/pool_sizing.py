@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.advice.autosizing import Controller, Decision, Reading
 from fastapi_headroom.advice.sharing import shares
-from fastapi_headroom.errors import SettingsError, StoreError
-from fastapi_headroom.probes import procfs
+from fastapi_headroom.errors import StoreError
+from fastapi_headroom.probes.pool_bounds import Bounds
+from fastapi_headroom.probes.pool_busy import Busy
 from fastapi_headroom.probes.pool_resize import Resizer, loop_of
 from fastapi_headroom.probes.pool_series import STATE_KEY, PoolState
 from fastapi_headroom.store.claims import LINGER, Claims
@@ -28,42 +28,6 @@ log = logging.getLogger("fastapi_headroom")
 _CLOSE_SECONDS: Final = 5.0
 """Seconds in which an async connection may say goodbye to its server."""
 _RESTORE_SECONDS: Final = 1.0
-
-
-class Bounds(NamedTuple):
-    """What the user allows. Sizes are connections."""
-
-    minimum: int
-    maximum: int
-    budget: int
-    workers: int | None
-    patience: float
-
-    def check(self) -> None:
-        """Raise SettingsError where the numbers contradict each other."""
-        for name, value in (("minimum", self.minimum), ("maximum", self.maximum), ("budget", self.budget)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SettingsError(f"autosize(): {name}={value!r} must be a whole number of connections, 1 or more")
-        if self.minimum > self.maximum:
-            raise SettingsError(
-                f"autosize(): minimum={self.minimum} is above maximum={self.maximum}; exchange them, or raise maximum"
-            )
-        if not isinstance(self.patience, int | float) or not 1 <= self.patience <= 3600 or math.isnan(self.patience):
-            raise SettingsError(f"autosize(): patience={self.patience!r} must be seconds from 1 to 3600")
-        workers = self.workers
-        if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 1):
-            raise SettingsError(f"autosize(): workers={workers!r} must be a whole number, 1 or more")
-        if self.budget < (workers or 1) * self.minimum:
-            raise SettingsError(
-                f"autosize(): budget={self.budget} is less than {workers or 1} workers x minimum={self.minimum}; raise "
-                "the budget (and the database's max_connections), or lower the minimum or the number of workers"
-            )
-
-    def within(self, expected: int | None) -> Bounds:
-        """Return these with the number of workers filled in where it is known. Raises SettingsError."""
-        bounds = self._replace(workers=self.workers or expected)
-        bounds.check()
-        return bounds
 
 
 class Sizing:
@@ -87,13 +51,17 @@ class Sizing:
         self.name = state.series.name
         self._writer = writer
         self._claims = None if path is None else Claims(path, mode=mode)
+        if self._claims is not None:
+            weakref.finalize(engine, self._claims.close).atexit = False
         self._trouble = ""
         self._claimed = bounds.minimum
         self._owed: list[weakref.ref[Any]] = []
         """Pools that the engine has replaced while something was checked out of them."""
-        self._controller = Controller(bounds.minimum, bounds.maximum, bounds.patience)
-        self._clocks: tuple[float, float, int | None] | None = None
-        self._thread: tuple[int, procfs.ThreadStat] | None = None
+        self._controller = Controller(bounds.minimum, bounds.maximum, bounds.patience, enough=bounds.enough)
+        self._busy = Busy()
+        self._asked: tuple[Any, threading.Event] = None, threading.Event()
+        """The event loop that was asked for something last, and whether it has done it."""
+        self._asked[1].set()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._resizer = Resizer(engine.pool, original, lambda: _waiting(engine_pool()))
@@ -125,9 +93,9 @@ class Sizing:
     def tick(self) -> None:
         """Look, decide, claim and move, once."""
         engine = self._engine()
-        if engine is None or self._closed:
+        if engine is None or self._closed or not self._loop_keeps_up():
             return
-        if engine.pool is not self._resizer.pool:
+        if engine.pool is not self._resizer.pool_if_there:
             self._disposed(engine)
         reading = self._read(engine)
         if reading is None:
@@ -135,7 +103,7 @@ class Sizing:
         decision = self._controller.decide(reading)
         self._wanted.set(decision.wanted)
         self._go_to(*self._agree(decision, limit=reading.limit))
-        self._run_in_pool(self._resizer.wake)  # also for one that was overtaken the last time
+        self._run_in_pool(self._wake)  # also for one that was overtaken the last time
 
     # ------------------------------------------------------------------ reading
     def _read(self, engine: Any) -> Reading | None:
@@ -152,25 +120,8 @@ class Sizing:
             found=[demand.view[cell] for cell in demand.cells],
             served=sum(use.view[cell] for cell in use.cells),
             held=held,
-            busy=self._busy(state),
+            busy=self._busy.share(None if state.home is None else state.home[1]),
         )
-
-    def _busy(self, state: PoolState) -> float:
-        """Return the share of the time since the last call for which the event loop's thread ran or wanted to.
-
-        For a pool of threads it is the CPU time of the process: with the GIL it has one core.
-        """
-        thread = state.home[1] if state.home is not None else None
-        if thread is not None and (self._thread is None or self._thread[0] != thread):
-            if self._thread is not None:
-                self._thread[1].close()
-            self._thread = thread, procfs.ThreadStat(thread)
-        times = self._thread[1].times() if self._thread is not None else None
-        now, spent = time.monotonic(), time.process_time() if times is None else sum(times)
-        before, self._clocks = self._clocks, (now, spent, None if times is None else thread)
-        if before is None or before[2] != self._clocks[2] or now <= before[0]:
-            return 0.0
-        return (spent - before[1]) / (now - before[0])
 
     # ------------------------------------------------------------------ agreeing with the other workers
     def _agree(self, decision: Decision, *, limit: int) -> tuple[int, str, str]:
@@ -180,8 +131,8 @@ class Sizing:
         held: str = decision.held
         bounds, claims = self._bounds, self._claims
         beside = self._beside()
-        if claims is None:
-            return (size, reason, held) if size <= max(limit, bounds.minimum) else (limit, "", "budget")
+        if claims is None:  # metrics are captured for a test: there is nobody else
+            return min(size, bounds.budget), reason, held
         wanted = max(bounds.minimum, min(decision.wanted, bounds.maximum))
         try:
             with claims.change() as change:
@@ -264,11 +215,15 @@ class Sizing:
 
     def _apply(self, size: int) -> None:
         resizer = self._resizer
-        if self._closed:
+        if self._closed or resizer.pool_if_there is None:
             return
         if resizer.pool._is_asyncio and self._loop() is None:
             size = max(size, resizer.places)  # what lies ready could not be closed
         self._close_all(resizer, resizer.resize(size))
+
+    def _wake(self) -> None:
+        if not self._closed and self._resizer.pool_if_there is not None:
+            self._resizer.wake()
 
     def _close_all(self, resizer: Resizer, records: list[Any]) -> None:
         if not records:
@@ -288,6 +243,11 @@ class Sizing:
         loop = state.home[0] if state is not None and state.home is not None else loop_of(self._resizer.pool)
         return None if loop is None or loop.is_closed() else loop
 
+    def _loop_keeps_up(self) -> bool:
+        """Return whether the event loop has done what it was asked for; while it is blocked nothing more is."""
+        loop, done = self._asked
+        return done.is_set() or loop is not self._loop()
+
     def _run_in_pool(self, act: Any) -> threading.Event | None:
         """Call something where the pool may be touched: on its event loop, if it has one."""
         loop = self._loop() if self._resizer.pool._is_asyncio else None
@@ -304,6 +264,7 @@ class Sizing:
             finally:
                 done.set()
 
+        self._asked = loop, done
         try:
             loop.call_soon_threadsafe(run)
         except RuntimeError:  # closed in between
@@ -312,14 +273,15 @@ class Sizing:
 
     def _disposed(self, engine: Any) -> None:
         """Go on with the pool that replaced the one that was disposed of; what is still out of that one counts."""
-        old, pool = self._resizer, engine.pool
-        if self._closed or pool is old.pool:
+        pool, resizer = engine.pool, self._resizer
+        old = resizer.pool_if_there
+        if self._closed or pool is old:
             return
         try:
-            state: PoolState | None = vars(old.pool).get(STATE_KEY)
+            state: PoolState | None = None if old is None else vars(old).get(STATE_KEY)
             if state is not None and state.held:
-                old.retire(len(state.held))
-                self._owed.append(weakref.ref(old.pool))
+                resizer.retire(len(state.held))
+                self._owed.append(weakref.ref(old))
             reference = weakref.ref(pool)
             self._resizer = Resizer(pool, self._original, lambda: _waiting(reference()))
             self._target = max(0, min(self._target, self._claimed - self._beside()))
@@ -336,8 +298,13 @@ class Sizing:
         if self._closed:
             return
         self._closed = True
+        self._busy.close()
+        if engine is None:
+            if self._claims is not None:
+                self._claims.close()
+            return
         resizer = self._resizer
-        if engine is not None and event.contains(engine, "engine_disposed", self._disposed):
+        if event.contains(engine, "engine_disposed", self._disposed):
             event.remove(engine, "engine_disposed", self._disposed)
         on_loop = resizer.pool._is_asyncio and self._loop() is not None
 
@@ -351,8 +318,6 @@ class Sizing:
             done.wait(_RESTORE_SECONDS)
         if self._claims is not None:
             self._claims.close()
-        if self._thread is not None:
-            self._thread[1].close()
         limit = float(resizer.limit)
         for metric in (catalog.POOL_AUTOSIZE_MINIMUM, catalog.POOL_AUTOSIZE_MAXIMUM, catalog.POOL_AUTOSIZE_WANTED):
             self._writer.gauge(metric, self.name).set(limit)  # a range of nothing: it does not move any more
@@ -361,7 +326,8 @@ class Sizing:
     def abandon(self) -> None:
         """Leave everything to the parent: this is a forked child, which begins anew when it serves."""
         self._closed = True
-        self._resizer.forget()
+        if self._engine() is not None:
+            self._resizer.forget()
         if self._claims is not None:
             self._claims.forget_lock()
             self._claims.abandon()
