@@ -160,6 +160,9 @@ def test_ages_are_bounded() -> None:
     ages = Ages()
     for number in range(3 * MAX_ENTRIES):
         ages.wrote(f"plan:{number}", 0.0, 60.0)
+        if number % 100 == 0:
+            ages.wrote("plan:again", 0.0, 60.0)
+    assert ages.of("plan:again", 5.0) == 5.0
     assert MAX_ENTRIES // 2 < len(ages.entries) <= MAX_ENTRIES
     assert ages.of(f"plan:{3 * MAX_ENTRIES - 1}", 5.0) == 5.0
     assert ages.of("plan:1", 5.0) is None

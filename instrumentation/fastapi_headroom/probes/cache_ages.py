@@ -96,7 +96,7 @@ class Ages:
 
     def _remember(self, place: int, entry: tuple[float, float]) -> None:
         entries = self.entries
-        if len(entries) >= MAX_ENTRIES and place not in entries:
+        if entries.pop(place, None) is None and len(entries) >= MAX_ENTRIES:
             for old in list(islice(entries, MAX_ENTRIES // 10)):
                 entries.pop(old, None)
-        entries[place] = entry
+        entries[place] = entry  # as the latest

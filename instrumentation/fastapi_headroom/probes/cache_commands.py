@@ -47,6 +47,7 @@ COMMANDS: Final = _all()
 def command_of(word: Any) -> Command | None:
     """Return the command that a first argument names, however it is written; None for one that is left alone."""
     text = (word.decode("ascii", "replace") if isinstance(word, bytes) else str(word)).upper()
-    if text.partition(" ")[0] in SKIPPED_FAMILIES:
+    family = text.partition(" ")[0]
+    if family in SKIPPED_FAMILIES:
         return None
-    return COMMANDS.get(text, _OTHER)
+    return COMMANDS.get(text, COMMANDS.get(family, _OTHER))
