@@ -154,7 +154,7 @@ class Runtime:
         self.pool = PoolProbe(settings)
         self.other_pools = OtherPoolsProbe()
         self.cache = CacheProbe(settings)
-        self.local_caches = LocalCachesProbe()
+        self.local_caches = LocalCachesProbe(self.cache)
         self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
             self.pool,

@@ -182,17 +182,17 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
         ensure_packages(lambda _: None)
 
 
-def test_only_the_tests_need_rabbitmq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without RabbitMQ the demo misses nothing; the tests name its package."""
+def test_only_the_tests_need_rabbitmq_and_memcached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the demo misses nothing; the tests name their packages."""
 
     def find(binary: str) -> Path:
-        if binary == "rabbitmq-server":
+        if binary in TEST_PACKAGES:
             raise MissingBinaryError(binary)
         return Path("/usr/bin") / binary
 
     monkeypatch.setattr(packages, "find", find)
     assert packages.missing_packages() == []
-    assert packages.missing_packages(TEST_PACKAGES) == ["rabbitmq-server"]
+    assert packages.missing_packages(TEST_PACKAGES) == ["rabbitmq-server", "memcached"]
 
 
 def test_alertmanager_hurries_and_tells_only_the_inbox(tmp_path: Path) -> None:
