@@ -134,8 +134,8 @@ class Merchant(FastHttpUser):
 
     @task(1)
     def change_plan(self) -> None:
-        """Book another plan."""
-        organization = random.randrange(1, ORGANIZATIONS + 1)
+        """Book another plan, for one of the smaller organizations: a region that lags serves it stale for a while."""
+        organization = random.randrange(ORGANIZATIONS // 4, ORGANIZATIONS + 1)
         plan = {"plan_id": random.randrange(1, 5)}
         self.client.put(f"/organizations/{organization}/plan", json=plan, name="/organizations/{id}/plan")
 

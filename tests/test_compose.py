@@ -28,7 +28,7 @@ def service(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 def test_the_stack_is_the_demo_plus_grafana_and_tempo() -> None:
     """All parts that `make demo` starts are there, and the two that it cannot bring."""
     assert set(SERVICES) == {
-        *("postgres", "redis", "seed", "carriers", "shop", "worker", "sidecar", "load", "inbox"),
+        *("postgres", "redis", "cache", "cache-west", "seed", "carriers", "shop", "worker", "sidecar", "load", "inbox"),
         *("prometheus", "alertmanager", "grafana", "tempo"),
     }
 

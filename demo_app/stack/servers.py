@@ -22,7 +22,7 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
 }
 """Which Debian package brings which binary."""
-TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server", "mariadbd": "mariadb-server-core"}
+TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server", "mariadbd": "mariadb-server-core", "memcached": "memcached"}
 """The same for what the tests start and the demo does not."""
 
 
@@ -125,6 +125,17 @@ class Redis(Server):
     def url(self) -> str:
         """The URL of database 0."""
         return f"redis://127.0.0.1:{self.port}/0"
+
+
+class Memcached(Server):
+    """memcached, which holds 64 MB; for tests, the demo does not need it."""
+
+    def __init__(self, data: Path, *, port: int | None = None) -> None:
+        super().__init__("memcached", data, port)
+        command = [find("memcached"), "-l", "127.0.0.1", "-p", self.port, "-U", "0", "-t", "1"]
+        self.command = [str(word) for word in command]
+        if os.geteuid() == 0:  # it refuses to run as root unless told as whom
+            self.command += ["-u", "nobody"]
 
 
 class RabbitMQ(Server):

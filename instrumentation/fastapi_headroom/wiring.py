@@ -159,7 +159,7 @@ class Runtime:
         self.pool = PoolProbe(settings)
         self.other_pools = OtherPoolsProbe(settings.hold_threshold)
         self.cache = CacheProbe(settings)
-        self.local_caches = LocalCachesProbe()
+        self.local_caches = LocalCachesProbe(self.cache)
         self.registry = RegistrySnapshot(settings)
         others: tuple[Probe, ...] = (
             self.pool,

@@ -183,7 +183,7 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
 
 
 def test_only_the_tests_need_some_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without RabbitMQ and MariaDB the demo misses nothing; the tests name their packages."""
+    """Without them the demo misses nothing; the tests name their packages."""
 
     def find(binary: str) -> Path:
         if binary in TEST_PACKAGES:
@@ -192,7 +192,7 @@ def test_only_the_tests_need_some_servers(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(packages, "find", find)
     assert packages.missing_packages() == []
-    assert packages.missing_packages(TEST_PACKAGES) == ["rabbitmq-server", "mariadb-server-core"]
+    assert packages.missing_packages(TEST_PACKAGES) == ["rabbitmq-server", "mariadb-server-core", "memcached"]
 
 
 def test_alertmanager_hurries_and_tells_only_the_inbox(tmp_path: Path) -> None:

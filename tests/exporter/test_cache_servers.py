@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pymemcache
 import pytest
 import redis
 
 from demo_app.stack.process import free_port
-from demo_app.stack.servers import Redis
+from demo_app.stack.servers import Memcached, Redis
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
@@ -154,17 +155,42 @@ def test_the_sidecar_polls_the_caches_that_it_is_given(tmp_path: Path, redis_ser
         assert sample(port, 'headroom_probe_up{probe="cache"}') == 1.0
 
 
+@pytest.mark.parametrize("flags", [(), ("-M",)], ids=["evicts", "refuses"])
+def test_a_memcached_tells_the_same(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Look-ups, entries and limits of a real memcached follow what was done to it, and what it does when it is full."""
+    with Memcached(tmp_path / "memcached") as server:
+        server.stop()
+        server.command += flags
+        server.start()
+        client = pymemcache.Client(("127.0.0.1", server.port))
+        client.set("a", "x" * 100, noreply=False)
+        client.get_many(["a", "b", "c"])
+        poller = cache_poller_for(f"memcached://127.0.0.1:{server.port}?name=sessions")
+        rows = {(metric, labels): value for metric, labels, value in poller.poll()}
+        client.close()
+    assert rows[catalog.CACHE_SERVER_LOOKUPS, ("sessions", "hit")] == rows[catalog.CACHE_ENTRIES, ("sessions",)] == 1
+    assert rows[catalog.CACHE_SERVER_LOOKUPS, ("sessions", "miss")] == 2
+    assert rows[catalog.CACHE_EVICTIONS, ("sessions",)] == 0
+    assert 100 < rows[catalog.CACHE_MEMORY, ("sessions",)] < rows[catalog.CACHE_MEMORY_LIMIT, ("sessions",)] == 64 << 20
+    (about,) = (labels for metric, labels in rows if metric is catalog.CACHE_SERVER_INFO)
+    assert about[1] == "memcached" and about[3] == ("noeviction" if flags else "lru")
+    with pytest.raises(OSError):
+        poller.poll()
+
+
 def test_an_unusable_url_shows_no_password(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever is wrong with a URL, the error and the log keep its credentials."""
     for url in (
         "memcache://app:s3cret@host:1/0",
+        "memcached://app:s3cret@host:99999999",
+        "memcached://app:s3cret@host?nam=main",
         "redis://app:s3cret@host:99999999/0",
         "redis://app:s3cret@host:6379/0?nam=main",
         "redis://app:s3cret@host:6379/no-database",
     ):
         with pytest.raises(SettingsError) as error:
             cache_poller_for(url)
-        assert "s3cret" not in str(error.value) and "redis://host:6379/0?name=main" in str(error.value)
+        assert "s3cret" not in str(error.value) and "?name=" in str(error.value)
     polled = PolledCache(f"redis://app:s3cret@127.0.0.1:{free_port()}/0", interval=0.05)
     polled.start()
     eventually(lambda: polled.up is False, "the failure")

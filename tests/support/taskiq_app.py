@@ -23,7 +23,8 @@ def broker_for(kind: str, url: str) -> AsyncBroker:
         made = RedisStreamBroker(url, queue_name="mail", consumer_id="0", xread_count=1, xread_block=100,
                                  unacknowledged_lock_timeout=1.0)  # fmt: skip
     else:
-        made = ListQueueBroker(url, queue_name="mail")
+        # redis-py 8 gives a read five seconds: taskiq-redis 1.2 takes a wait that long for a failure, and restarts.
+        made = ListQueueBroker(url, queue_name="mail", socket_timeout=None)
     made.add_middlewares(SimpleRetryMiddleware(default_retry_label=True, types_of_exceptions=[ConnectionError]))
     return made
 

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.exporter.memcached_server import MemcachedPoller
 from fastapi_headroom.probes.queue_adapters import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.redis_link import PORT, Command, RedisLink
 from fastapi_headroom.probes.queue_adapters.url import QueueURL
@@ -81,9 +82,10 @@ def samples(cache: str, facts: Mapping[str, str]) -> list[Sample]:
     return rows
 
 
-_BY_SCHEME: Final[dict[str, Callable[[str], Poller]]] = dict.fromkeys(
-    ("redis", "rediss", "unix"), RedisServerPoller.from_url
-)
+_BY_SCHEME: Final[dict[str, Callable[[str], Poller]]] = {
+    **dict.fromkeys(("redis", "rediss", "unix"), RedisServerPoller.from_url),
+    "memcached": MemcachedPoller.from_url,
+}
 
 
 def cache_poller_for(url: str) -> Poller:

@@ -263,6 +263,14 @@ class CacheProbe:
         except Exception as failure:
             self._failed(failure)
 
+    def series_named(self, name: str) -> CacheSeries:
+        """Return the series of a cache that another library's hooks report."""
+        return self._series_named(name)
+
+    def hide(self, failure: Exception) -> None:
+        """Take note of an error of another library's hooks; what it says may hold a key."""
+        self._failed(failure)
+
     def _failed(self, failure: Exception) -> None:
         hidden = HiddenError(f"{type(failure).__name__}; what it says is left out, it may hold a key")
         self.guard.failed(hidden.with_traceback(failure.__traceback__))

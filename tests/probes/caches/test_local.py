@@ -23,8 +23,10 @@ from fastapi.testclient import TestClient
 
 import fastapi_headroom as headroom
 from demo_app.stack.servers import Redis
+from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.caches.finder import Finder
 from fastapi_headroom.probes.caches.probe import MAX_NAMES, LocalCachesProbe
+from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support.measured import eventually
 
@@ -41,7 +43,7 @@ def writer() -> Writer:
 
 @pytest.fixture
 def probe(writer: Writer) -> Iterator[LocalCachesProbe]:
-    probe = LocalCachesProbe()
+    probe = LocalCachesProbe(CacheProbe(load({})))
     probe.bind(writer)
     yield probe
     probe.close()

@@ -1,8 +1,9 @@
-"""The probe for caches inside the process: ``functools.lru_cache`` and cachetools, found or named."""
+"""The probe for all caches that are not redis-py's: those inside the process, and other libraries'."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final
@@ -10,12 +11,18 @@ from typing import Any, ClassVar, Final
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.cache import CacheProbe
+from fastapi_headroom.probes.caches.aiocache import Aiocache
 from fastapi_headroom.probes.caches.cachetools import CountedCache, held_by, is_cache
 from fastapi_headroom.probes.caches.finder import Finder, is_cached
+from fastapi_headroom.probes.caches.library import Library, Recorder
+from fastapi_headroom.probes.caches.memcached import Aiomcache, Pymemcache
 from fastapi_headroom.probes.caches.source import InfoSource, Reading, Source
 from fastapi_headroom.probes.names import BoundedNames
+from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.store.writer import Counter, Gauge, Writer
 
+LIBRARIES: Final[tuple[type[Library], ...]] = (Aiocache, Pymemcache, Aiomcache)
 MAX_NAMES: Final = 50
 """Caches that get series of their own; later ones share ``_OTHER``."""
 _LENGTH: Final = 80
@@ -23,9 +30,10 @@ _NEW: Final = Reading(0, 0, 0)
 
 
 class LocalCachesProbe:
-    """Measures caches inside the process. Switched with the cache probe, whose stem it has.
+    """Measures caches inside the process and of other libraries. Switched with the cache probe, whose stem it has.
 
-    All is read at the sampling interval, on the sampling thread.
+    ``functools.lru_cache`` and cachetools are read at the sampling interval, on the sampling thread; what other
+    libraries answer goes through ``cache``.
     """
 
     name: ClassVar[str] = "cache"
@@ -36,8 +44,10 @@ class LocalCachesProbe:
         catalog.CACHE_EVICTIONS,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, cache: CacheProbe) -> None:
         self.guard = Guard(self.name)
+        self._recorder = Recorder(cache)
+        self._libraries = [_Attached(library(), self._recorder) for library in LIBRARIES]
         self._writer: Writer | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -54,6 +64,10 @@ class LocalCachesProbe:
         ours = {name: thing for name, thing in names.items() if _is_ours(thing)}
         with self._lock:
             self._named += ours.items()
+        for name, thing in names.items():
+            if name not in ours and any(library.owns(thing) for library in self._libraries):
+                ours[name] = thing
+                self._recorder.names[id(thing)] = (name, thing)
         return {name: thing for name, thing in names.items() if name not in ours}
 
     def bind(self, writer: Writer) -> None:
@@ -68,12 +82,14 @@ class LocalCachesProbe:
             self._series = {}
             self._folded = BoundedNames(MAX_NAMES)
             self.guard.bind(writer)
+            self._attach()
             self._read_all(writer, self._named)  # now: a class that counts has to come before the first look-up
 
     def sample(self) -> None:
         """Look for caches of modules that were imported since, and write what all of them say."""
         with self._lock:
             if self._writer is not None:
+                self._attach()
                 self._read_all(self._writer, [*self._named, *self._finder.look()])
 
     def close(self) -> None:
@@ -84,6 +100,15 @@ class LocalCachesProbe:
                 cache.source.release()
             self._known.clear()
             self._finder = Finder()
+            for library in self._libraries:
+                library.detach()
+
+    def _attach(self) -> None:
+        for library in self._libraries:
+            try:
+                library.attach()
+            except Exception as failure:
+                self.guard.failed(failure)
 
     def _read_all(self, writer: Writer, candidates: Iterable[tuple[str, Any]]) -> None:
         readings: dict[str, list[Reading]] = {name: [] for name in self._series}
@@ -126,6 +151,35 @@ class LocalCachesProbe:
         except Exception as failure:
             self.guard.failed(failure)
             return None
+
+
+class _Attached:
+    """A library with its patches, so that one that fails does not take the others along."""
+
+    def __init__(self, library: Library, recorder: Recorder) -> None:
+        self._library, self._recorder = library, recorder
+        self._patches = Patches()
+        self._attached = False
+
+    def attach(self) -> None:
+        """Wrap the library once, when the app has imported it. Raises what a version that does not fit raises, once."""
+        if self._attached or self._library.module not in sys.modules:
+            return
+        self._attached = True
+        try:
+            self._library.attach(self._recorder, self._patches)
+        except Exception:
+            self._patches.restore()
+            raise
+
+    def detach(self) -> None:
+        """Put the library back as it was. Idempotent."""
+        self._attached = False
+        self._patches.restore()
+
+    def owns(self, thing: Any) -> bool:
+        """Return whether something is a cache or a client of this library."""
+        return self._library.module in sys.modules and self._library.owns(thing)
 
 
 class _Cache:
