@@ -12,14 +12,12 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi_headroom.errors import HeadroomError
 from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, FileLock, is_held, provide
+from fastapi_headroom.exporter.service import Exporter
 from fastapi_headroom.settings import Settings
-
-if TYPE_CHECKING:
-    from fastapi_headroom.exporter.service import Exporter
+from fastapi_headroom.store.reader import held_here
 
 log = logging.getLogger("fastapi_headroom")
 
@@ -108,19 +106,13 @@ class Election:
                 provide(self._directory / SIDECAR_LOCK, mode=self._mode)
             except OSError as error:
                 log.debug("fastapi-headroom: no election in %s: %s", self._directory, error)
-                if self._lock is None:
-                    from fastapi_headroom.store.reader import held_here
-
-                    return held_here(self._directory)
+                return self._lock is not None or held_here(self._directory)
         return self._lock is not None
 
     def _try_to_serve(self) -> None:
         with _no_fork:
             if not self._may_serve():
                 return
-            # Imported by who is elected, on this thread: the other workers and the start of the app go without.
-            from fastapi_headroom.exporter.service import Exporter
-
             try:
                 exporter = Exporter(self._settings)
             except HeadroomError as error:
