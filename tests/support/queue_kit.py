@@ -95,7 +95,7 @@ class Subject(ABC):
         try:
             yield process
         except (AssertionError, TimeoutError) as error:
-            error.add_note(process.tail(30))
+            error.add_note(f"{process.tail(30)}\n{self.truth()} jobs are ready")
             raise
         finally:
             (self.folder / "gate").touch()
