@@ -11,6 +11,7 @@ import pytest
 from demo_app.stack.mariadb import MariaDB
 from demo_app.stack.servers import Postgres
 from fastapi_headroom.probes.pool import PoolProbe
+from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support.drivers import MYSQL
@@ -44,6 +45,15 @@ def pool_probe(request: pytest.FixtureRequest, writer: Writer) -> Iterator[PoolP
     probe.bind(writer)
     yield probe
     assert writer.value("headroom_probe_up", probe="pool") == 1.0
+    probe.close()
+
+
+@pytest.fixture
+def measured() -> Iterator[Writer]:
+    """A bound queue probe; gives what it writes to."""
+    writer, probe = Writer.in_memory(), QueueProbe(load({}))
+    probe.bind(writer)
+    yield writer
     probe.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,15 +19,6 @@ from fastapi_headroom.store.writer import Writer
 RUNNING, DURATION = "headroom_background_tasks", "headroom_background_task_duration_seconds"
 WAIT, FAILURES = "headroom_background_task_wait_seconds", "headroom_background_task_failures_total"
 PREFIX = f"{__name__}."
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 async def notify(started: asyncio.Event, release: asyncio.Event) -> None:

@@ -127,6 +127,10 @@ class Recorder:
         self.seen.append(value)
         self._histogram.observe(value)
 
+    def observe_none(self) -> None:
+        self.seen.append(0.0)
+        self._histogram.observe_none()
+
 
 def percentiles(values: list[float]) -> tuple[float, float]:
     """Return p50 and p99."""

@@ -31,7 +31,7 @@ from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 from tests.support import celery_app
-from tests.support.queue_kit import kill
+from tests.support.queue_kit import kill, total
 from tests.support.serving import ROOT
 
 WAITS = "headroom_queue_wait_seconds"
@@ -48,15 +48,6 @@ def broker(redis_server: Redis) -> Iterator[redis_client.Redis]:
     celery_app.app.conf.broker_url = redis_server.url
     yield client
     client.close()
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 def clock(shift: float) -> SimpleNamespace:
@@ -104,18 +95,6 @@ def worker(server: Redis, folder: Path, pool: str = "prefork") -> Iterator[Path]
         raise
     finally:
         process.stop()
-
-
-def total(directory: Path, sample: str, **labels: str) -> float:
-    """Return the sum of one sample over all label sets that hold ``labels``."""
-    if not directory.is_dir():
-        return 0.0
-    return sum(
-        value
-        for family in Reader(directory).read().families
-        for name, pairs, value in family.samples
-        if name == sample and labels.items() <= dict(pairs).items()
-    )
 
 
 def test_depth_is_counted_by_queue_and_priority(broker: redis_client.Redis, redis_server: Redis) -> None:

@@ -30,14 +30,8 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support import dramatiq_app
 from tests.support.dramatiq_subjects import DramatiqOnRedis
+from tests.support.queue_series import MAIL, PUBLISHED, PUBLISHING, RETRIES, RUNS, WAITS, count
 from tests.support.traced import traced
-
-WAITS = "headroom_queue_wait_seconds"
-RUNS = "messaging_process_duration_seconds"
-PUBLISHING = "messaging_client_operation_duration_seconds"
-RETRIES = "headroom_queue_retries_total"
-MAIL = {"messaging_system": "redis", "messaging_destination_name": "mail"}
-PUBLISHED = {**MAIL, "messaging_operation_name": "publish"}
 
 
 @pytest.fixture
@@ -46,15 +40,6 @@ def subject(redis_server: Redis, tmp_path: Path) -> DramatiqOnRedis:
     made = DramatiqOnRedis(redis_server, tmp_path)
     made.start()
     return made
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 @contextlib.contextmanager
@@ -67,15 +52,6 @@ def worker(subject: DramatiqOnRedis) -> Iterator[None]:
         yield
     finally:
         made.stop(timeout=2_000)
-
-
-def count(writer: Writer, sample: str, **labels: str) -> float:
-    """Return the sum of one sample over all label sets that hold ``labels``."""
-    return sum(
-        value
-        for (name, pairs), value in writer.samples().items()
-        if name == sample and labels.items() <= dict(pairs).items()
-    )
 
 
 def state(subject: DramatiqOnRedis) -> dict[str, float]:

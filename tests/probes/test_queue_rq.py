@@ -26,13 +26,9 @@ from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from tests.support import queue_jobs
 from tests.support.queue_kit import PYTHON, Subject, total
+from tests.support.queue_series import PUBLISHING, RETRIES, RUNS, WAITS
 from tests.support.queue_subjects import RQ
 from tests.support.serving import ROOT
-
-WAITS = "headroom_queue_wait_seconds"
-RUNS = "messaging_process_duration_seconds"
-PUBLISHING = "messaging_client_operation_duration_seconds"
-RETRIES = "headroom_queue_retries_total"
 
 
 @pytest.fixture
@@ -41,15 +37,6 @@ def subject(redis_server: Redis, tmp_path: Path) -> RQ:
     made = RQ(redis_server, tmp_path)
     made.start()
     return made
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 @contextlib.contextmanager

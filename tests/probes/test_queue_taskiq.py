@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,9 @@ from fastapi_headroom.probes.queue_adapters.times import READY_AT
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from tests.support import taskiq_app
+from tests.support.queue_series import MAIL, PUBLISHED, PUBLISHING, RETRIES, RUNS, WAITS, count
 from tests.support.taskiq_subjects import TaskiqList
 from tests.support.traced import traced
-
-WAITS = "headroom_queue_wait_seconds"
-RUNS = "messaging_process_duration_seconds"
-PUBLISHING = "messaging_client_operation_duration_seconds"
-RETRIES = "headroom_queue_retries_total"
-MAIL = {"messaging_system": "redis", "messaging_destination_name": "mail"}
-PUBLISHED = {**MAIL, "messaging_operation_name": "publish"}
 
 
 @pytest.fixture
@@ -48,15 +42,6 @@ def subject(redis_server: Redis, tmp_path: Path) -> TaskiqList:
     made = TaskiqList(redis_server, tmp_path)
     made.start()
     return made
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 @contextlib.asynccontextmanager
@@ -71,15 +56,6 @@ async def working(subject: TaskiqList) -> AsyncIterator[AsyncBroker]:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await broker.shutdown()
-
-
-def count(writer: Writer, sample: str, **labels: str) -> float:
-    """Return the sum of one sample over all label sets that hold ``labels``."""
-    return sum(
-        value
-        for (name, pairs), value in writer.samples().items()
-        if name == sample and labels.items() <= dict(pairs).items()
-    )
 
 
 async def ran(writer: Writer, runs: float) -> None:

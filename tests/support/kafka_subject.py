@@ -77,8 +77,8 @@ class KafkaTopic(Subject):
 
     def _places(self) -> dict[int, tuple[int, int]]:
         places = [confluent_kafka.TopicPartition(self.topic, number) for number in range(4)]
-        committed = {it.partition: max(0, it.offset) for it in self._reader.committed(places, timeout=5)}
-        ends = {it.partition: self._reader.get_watermark_offsets(it, timeout=5)[1] for it in places}
+        committed = {it.partition: max(0, it.offset) for it in self._reader.committed(places, timeout=20)}
+        ends = {it.partition: self._reader.get_watermark_offsets(it, timeout=20)[1] for it in places}
         return {number: (ends[number], committed[number]) for number in range(4)}
 
     def worker_command(self) -> list[str]:

@@ -23,7 +23,7 @@ class Busy:
             self.close()
             self._thread = thread, procfs.ThreadStat(thread)
         times = self._thread[1].times() if self._thread is not None else None
-        now, spent = time.monotonic(), time.process_time() if times is None else sum(times)
+        now, spent = time.monotonic(), time.process_time() if times is None else times.on_cpu + times.waiting
         before, self._before = self._before, (now, spent, None if times is None else thread)
         if before is None or before[2] != self._before[2] or now <= before[0]:
             return 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,8 @@ from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 from tests.support.arq_subject import Arq
 from tests.support.queue_kit import total
+from tests.support.queue_series import MAIL, PUBLISHED, PUBLISHING, RETRIES, RUNS, WAITS
 from tests.support.traced import traced
-
-WAITS = "headroom_queue_wait_seconds"
-RUNS = "messaging_process_duration_seconds"
-PUBLISHING = "messaging_client_operation_duration_seconds"
-RETRIES = "headroom_queue_retries_total"
-MAIL = {"messaging_system": "redis", "messaging_destination_name": "mail"}
-PUBLISHED = {**MAIL, "messaging_operation_name": "publish"}
 
 
 @pytest.fixture
@@ -45,15 +38,6 @@ def subject(redis_server: Redis, tmp_path: Path) -> Arq:
     made = Arq(redis_server, tmp_path)
     made.start()
     return made
-
-
-@pytest.fixture
-def measured() -> Iterator[Writer]:
-    """A bound queue probe; gives what it writes to."""
-    writer, probe = Writer.in_memory(), QueueProbe(load({}))
-    probe.bind(writer)
-    yield writer
-    probe.close()
 
 
 def test_a_worker_measures_waits_runs_failures_retries_and_time_outs(subject: Arq) -> None:

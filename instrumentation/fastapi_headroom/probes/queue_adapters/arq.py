@@ -48,7 +48,7 @@ class ArqPoller:
 
     def poll(self) -> list[Sample]:
         """Return the state of every queue. Raises redis.RedisError."""
-        asked = str(int(time.time() * 1000))
+        asked = str(round(time.time() * 1000))  # as arq writes it: rounded, not cut off
         firsts = self._link.get([("ZRANGE", queue, "0", str(LOOKED_AT - 1), "WITHSCORES") for queue in self._queues])
         heads = [[(job, score) for job, score in _pairs(first) if score <= float(asked)] for first in firsts]
         questions: list[Command] = []
