@@ -17,6 +17,7 @@ from typing import Any, Final
 from weakref import ref
 
 from fastapi_headroom.probes.blame import Owner, outwards, owner_of
+from fastapi_headroom.probes.foreign_frames import walking
 from fastapi_headroom.sockets import suspended_frames
 
 FRAMES: Final = 24
@@ -122,14 +123,15 @@ def where_now(holder: Holder, site: Site) -> str | None:
 
     Asked from another thread: a task that runs meanwhile may have moved on.
     """
-    if isinstance(holder, int):
-        frames = list(outwards(sys._current_frames().get(holder)))
-        # Another thread may have got the number of one that has ended.
-        return named(frames) if site and any(frame.f_code is site[0][0] for frame in frames) else None
-    task = None if holder is None else holder()
-    if task is None or task.done():
-        return None
-    return named(reversed(suspended_frames(task.get_coro())))
+    with walking():
+        if isinstance(holder, int):
+            frames = list(outwards(sys._current_frames().get(holder)))
+            # Another thread may have got the number of one that has ended.
+            return named(frames) if site and any(frame.f_code is site[0][0] for frame in frames) else None
+        task = None if holder is None else holder()
+        if task is None or task.done():
+            return None
+        return named(reversed(suspended_frames(task.get_coro())))
 
 
 def described(site: Site) -> str:

@@ -13,6 +13,7 @@ from math import inf
 from time import perf_counter
 
 from fastapi_headroom.probes.checkout_site import Holder, Site
+from fastapi_headroom.probes.foreign_frames import walking
 from fastapi_headroom.probes.pool_series import OUTSIDE, UNMATCHED, Hold, PoolState
 from fastapi_headroom.store.writer import Gauge
 
@@ -66,14 +67,15 @@ def abandoned(hold: Hold) -> bool:
 
 def _ended(holder: Holder, site: Site, *, in_request: bool) -> bool:
     if isinstance(holder, int):
-        frame = sys._current_frames().get(holder)
-        if frame is None or not in_request:
-            return frame is None
         codes = {code for code, _ in site}
-        while frame is not None:
-            if frame.f_code in codes:
-                return False
-            frame = frame.f_back
-        return True
+        with walking():
+            frame = sys._current_frames().get(holder)
+            if frame is None or not in_request:
+                return frame is None
+            while frame is not None:
+                if frame.f_code in codes:
+                    return False
+                frame = frame.f_back
+            return True
     task = None if holder is None else holder()
     return holder is not None and (task is None or task.done())

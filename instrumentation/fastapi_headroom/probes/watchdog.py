@@ -23,6 +23,7 @@ from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import Look, Sample, look_at
 from fastapi_headroom.probes.blocks import Block, Reporter
 from fastapi_headroom.probes.file_calls import FileCalls
+from fastapi_headroom.probes.foreign_frames import walking
 from fastapi_headroom.probes.held import Held, Marker
 from fastapi_headroom.probes.judge import Judge, starved_block
 from fastapi_headroom.probes.lack import Lack, OwnClock
@@ -226,12 +227,13 @@ class Watchdog(threading.Thread):
 
     def _sample(self, waited: float) -> Look | None:
         """Look at the loop's stack, and at all others too, for one of them may keep the GIL."""
-        frames = sys._current_frames()
-        mine = (self.pulse.ident, self.ident)
-        if waited >= self._long_turn or not self._looks:
-            self._judge.elsewhere = {ident: look_at(f).sample for ident, f in frames.items() if ident not in mine}
-        frame = frames.get(self.pulse.ident)
-        return None if frame is None else look_at(frame, self.pulse.depth, waited, self.pulse.outer_frame())
+        with walking():
+            frames = sys._current_frames()
+            mine = (self.pulse.ident, self.ident)
+            if waited >= self._long_turn or not self._looks:
+                self._judge.elsewhere = {ident: look_at(f).sample for ident, f in frames.items() if ident not in mine}
+            frame = frames.get(self.pulse.ident)
+            return None if frame is None else look_at(frame, self.pulse.depth, waited, self.pulse.outer_frame())
 
     def _mark(self) -> None:
         """Let the loop tell when it goes on to another iteration, and see that the step is there after that."""
