@@ -28,7 +28,7 @@ EXAMPLE: Final = "kafka://host:9092?groups=billing,mail&topics=orders"
 PORT: Final = 9092
 SYSTEM: Final = "kafka"
 ALL: Final = "_all"
-TIMEOUT: Final = 2.0
+TIMEOUT: Final = 5.0
 """Seconds to wait for a reply."""
 LOOKS: Final = 64
 """Partitions of a group whose next message is fetched in one poll; of a group with more that are behind there is no
