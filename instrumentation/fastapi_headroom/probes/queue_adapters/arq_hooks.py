@@ -32,11 +32,10 @@ from arq.worker import Worker
 
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER
-from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
+from fastapi_headroom.probes.queue_adapters.job_hooks import JobHooks
+from fastapi_headroom.probes.queue_adapters.publishing import Publication
 from fastapi_headroom.probes.queue_adapters.redis_link import SYSTEM
-from fastapi_headroom.probes.queue_adapters.runs import Run, Runs, error_name
-from fastapi_headroom.store.writer import Writer
+from fastapi_headroom.probes.queue_adapters.runs import Run, error_name
 from fastapi_headroom.tracing import spans
 
 FIELD: Final = "headroom_trace"
@@ -73,24 +72,15 @@ class _JobTasks(dict[str, "asyncio.Task[Any]"]):
         self._hooks.started(task)
 
 
-class ArqHooks:
+class ArqHooks(JobHooks):
     """Hooks on arq's clients and workers of this process."""
 
     def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._attached = False
-        self._patches = Patches()
-        self._publishing, self._runs = Publishing(guard), Runs(guard)
+        super().__init__(guard)
         self._workers: WeakSet[Any] = WeakSet()
         self._given_back: OrderedDict[str, float] = OrderedDict()
 
-    def bind(self, writer: Writer) -> None:
-        """Write to ``writer`` from now on, and attach if that was not done before."""
-        self._publishing.bind(writer)
-        self._runs.bind(writer)
-        if self._attached:
-            return
-        self._attached = True
+    def _attach(self) -> None:
         self._patches.wrap(ArqRedis, "enqueue_job", self._wrap_enqueue)
         self._patches.wrap(arq.connections, "serialize_job", self._wrap_serialize)
         self._patches.wrap(arq.worker, "deserialize_job_raw", self._wrap_deserialize)
@@ -99,12 +89,7 @@ class ArqHooks:
 
     def close(self) -> None:
         """Detach from everything."""
-        self._publishing.bind(None)
-        self._runs.bind(None)
-        if not self._attached:
-            return
-        self._attached = False
-        self._patches.restore()
+        super().close()
         for worker in self._workers:
             worker.job_tasks = dict(worker.job_tasks)
         self._workers.clear()

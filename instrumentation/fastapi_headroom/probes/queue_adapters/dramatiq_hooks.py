@@ -27,11 +27,10 @@ from dramatiq.common import q_name
 from dramatiq.worker import ConsumerThread, WorkerThread
 
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.patches import Patches
-from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
-from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, Runs, error_name
+from fastapi_headroom.probes.queue_adapters.job_hooks import JobHooks
+from fastapi_headroom.probes.queue_adapters.publishing import Publication
+from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, error_name
 from fastapi_headroom.probes.queue_adapters.times import READY_AT
-from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 
 TRACE: Final = "headroom_trace"
@@ -58,23 +57,14 @@ _moving: ContextVar[bool] = ContextVar("headroom_dramatiq_moving", default=False
 """Whether this consumer thread moves delayed messages that are due."""
 
 
-class DramatiqHooks:
+class DramatiqHooks(JobHooks):
     """Hooks on Dramatiq's brokers and workers of this process."""
 
     def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._attached = False
-        self._patches = Patches()
-        self._publishing, self._runs = Publishing(guard), Runs(guard)
+        super().__init__(guard)
         self._systems: dict[type, str] = {}
 
-    def bind(self, writer: Writer) -> None:
-        """Write to ``writer`` from now on, and attach if that was not done before."""
-        self._publishing.bind(writer)
-        self._runs.bind(writer)
-        if self._attached:
-            return
-        self._attached = True
+    def _attach(self) -> None:
         for module, name, system in _BROKERS:
             try:
                 kind = getattr(import_module(module), name)
@@ -85,14 +75,6 @@ class DramatiqHooks:
         self._patches.wrap(ConsumerThread, "handle_delayed_messages", self._wrap_move)
         self._patches.wrap(WorkerThread, "process_message", self._wrap_process)
         self._patches.wrap(Broker, "emit_after", self._wrap_emit_after)
-
-    def close(self) -> None:
-        """Detach from everything."""
-        self._publishing.bind(None)
-        self._runs.bind(None)
-        if self._attached:
-            self._attached = False
-            self._patches.restore()
 
     # ------------------------------------------------------------ publishing
 

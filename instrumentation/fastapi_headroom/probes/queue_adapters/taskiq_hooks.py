@@ -28,13 +28,11 @@ from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 from taskiq.receiver import Receiver
 
-from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.queue_adapters import publishing
-from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publishing
-from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, Runs, error_name
+from fastapi_headroom.probes.queue_adapters.job_hooks import JobHooks
+from fastapi_headroom.probes.queue_adapters.publishing import Publication
+from fastapi_headroom.probes.queue_adapters.runs import NOTHING, Run, error_name
 from fastapi_headroom.probes.queue_adapters.times import READY_AT
-from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
 
 TRACE: Final = "headroom_trace"
@@ -60,34 +58,14 @@ class _Job:
 _job: ContextVar[_Job | None] = ContextVar("headroom_taskiq_job", default=None)
 
 
-class TaskiqHooks:
+class TaskiqHooks(JobHooks):
     """Hooks on TaskIQ's kickers and receivers of this process."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._attached = False
-        self._patches = Patches()
-        self._publishing, self._runs = Publishing(guard), Runs(guard)
-
-    def bind(self, writer: Writer) -> None:
-        """Write to ``writer`` from now on, and attach if that was not done before."""
-        self._publishing.bind(writer)
-        self._runs.bind(writer)
-        if self._attached:
-            return
-        self._attached = True
+    def _attach(self) -> None:
         self._patches.wrap(AsyncKicker, "kiq", self._wrap_kiq)
         self._patches.wrap(AsyncKicker, "_prepare_message", self._wrap_prepare)
         self._patches.wrap(Context, "requeue", self._wrap_requeue)
         self._patches.wrap(Receiver, "run_task", self._wrap_run)
-
-    def close(self) -> None:
-        """Detach from everything."""
-        self._publishing.bind(None)
-        self._runs.bind(None)
-        if self._attached:
-            self._attached = False
-            self._patches.restore()
 
     # ------------------------------------------------------------ publishing
 
