@@ -18,8 +18,9 @@ from fastapi_headroom.store.writer import Histogram
 
 INTERVAL: Final = 0.016
 """Mean seconds between two beats; each comes up to a quarter of it sooner or later, so that no load keeps step."""
-HELD: Final = 0.00125
-"""Seconds from which on a beat is late because the loop was held: timers of a free loop are up to 1 ms late."""
+HELD: Final = 0.0015
+"""Seconds from which on a beat is late because the loop was held: timers of a free loop are up to 1 ms late, and a
+virtual machine takes up to half a millisecond more to wake."""
 MOST_FILLED: Final = 500
 """Missed beats that are recorded one by one; of a longer block's, several at a time."""
 
@@ -32,6 +33,16 @@ def _name_library() -> None:
     sniffio = sys.modules.get("sniffio")
     if sniffio is not None:
         sniffio.current_async_library_cvar.set("asyncio")
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return the whole milliseconds, at least one, of a time that no loop rounds up to a whole millisecond more.
+
+    ``selectors`` hands ``n * 1e-3`` seconds to ``epoll_wait``, which rounds up anew: 9, 13 and 18 milliseconds are
+    a hair more as a float, and become 10, 14 and 19.
+    """
+    whole = max(1, round(seconds * 1e3))
+    return whole if whole * 1e-3 * 1e9 <= whole * 10**6 else whole + 1
 
 
 class Heartbeat:
@@ -129,6 +140,6 @@ class Heartbeat:
     def _schedule(self, clocks: Clocks, since: float) -> None:
         due = since + self._interval * (0.75 + 0.5 * random())
         # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
-        delay = max(1, round((due - clocks.at) * 1e3)) * 1e-3
+        delay = _milliseconds(due - clocks.at) * 1e-3
         self._pulse.beat = Beat(clocks, clocks.at + delay)
         self._handle = self._pulse.loop.call_later(delay, self._beat, context=self._context)

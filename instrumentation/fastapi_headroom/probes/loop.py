@@ -11,7 +11,7 @@ on the loop, needs nothing of the loop but ``call_later``, and so works on uvloo
   the share of time that it is (Poisson arrivals see time averages). Beats that were late because the thread computed
   are in the first part and do not count here.
 
-Timers are exact to a millisecond, so the second part sees each blocking call about 1.25 ms shorter than it is, and
+Timers are exact to a millisecond, so the second part sees each blocking call about 1.5 ms shorter than it is, and
 none that is shorter than that.
 """
 
