@@ -12,8 +12,12 @@ from collections.abc import Callable
 
 import pytest
 
+from fastapi_headroom import ledger
+from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.probes.heartbeat import _milliseconds
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.procfs import ThreadStat
+from fastapi_headroom.probes.pulse import Beat
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 from tests.probes.loops import DELAY, RUNS, Run, measured, until
@@ -138,6 +142,60 @@ def test_long_block_is_filled_in_cheaply(run: Run) -> None:
             assert share_above(writer, "10.0") > 0.99
 
     run(main())
+
+
+def test_quiet_loop_is_asked_half_as_often_until_something_happens(run: Run) -> None:
+    """After a quiet second each beat stands for two; a request, work or a late beat ends that."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            heartbeat = probe._heartbeat
+            assert heartbeat is not None
+            pulse = heartbeat._pulse
+
+            def beat(late: float = -1.0, cpu: float = 0.0) -> float:
+                """Let a beat come now, ``late`` after it was due and ``cpu`` after the last; return what it counted."""
+                assert heartbeat is not None and heartbeat._handle is not None
+                heartbeat._handle.cancel()
+                before = writer.value(f"{DELAY}_count", worker="0")
+                clocks = pulse.clocks(time.monotonic())
+                pulse.beat = Beat(clocks._replace(cpu=clocks.cpu - cpu), clocks.at - late)
+                heartbeat._beat()
+                return writer.value(f"{DELAY}_count", worker="0") - before
+
+            def rest(share: float = 0.01) -> bool:
+                """Let a second pass of which the loop's thread was on a CPU for a share."""
+                assert heartbeat is not None
+                clocks = pulse.clocks(time.monotonic())
+                heartbeat._wake()
+                heartbeat._consider_rest(clocks._replace(at=clocks.at - 1, cpu=clocks.cpu - share))
+                heartbeat._consider_rest(clocks)
+                return heartbeat._skips == 2
+
+            assert heartbeat._skips == 1 and beat() == 1
+            assert not rest(share=0.2)
+            assert rest() and beat() == 2
+            for disturbance in (lambda: beat(late=0.004), lambda: beat(cpu=0.1)):
+                assert rest()
+                assert disturbance() == 2
+                assert heartbeat._skips == 1 and beat() == 1
+            assert rest()
+            request = Ledger("/")
+            ledger.in_flight.add(request)
+            beat()
+            assert heartbeat._skips == 1 and not rest()
+            ledger.in_flight.discard(request)
+            assert rest()
+
+    run(main())
+
+
+def test_no_beat_asks_for_a_time_that_the_selector_rounds_up() -> None:
+    """``epoll_wait`` is asked for the whole milliseconds that were meant: else a free loop looks late."""
+    for milliseconds in range(1, 41):
+        asked = _milliseconds(milliseconds * 1e-3)
+        assert asked - milliseconds in (0, 1)
+        assert asked * 1e-3 * 1e9 <= asked * 10**6
 
 
 @pytest.mark.parametrize("hold", [spin, time.sleep], ids=["computing", "sleeping"])
