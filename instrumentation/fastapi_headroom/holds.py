@@ -4,8 +4,8 @@ A loop that is not idle runs iterations without a pause between them. So it is e
 busy for LONG; from then on a marker (``call_soon``) notes the start of each iteration, until a few short ones have
 passed. While it does, all the time is time in which somebody held the loop: requests, other tasks, callbacks,
 libraries. Two tell that the loop is busy: the steps of requests, exactly (see ``driver``), and the heartbeat of the
-loop probe, which comes late whoever held the loop, always from 25 ms on, and from 45 ms on if nobody had used the loop
-for a second.
+loop probe, which comes late whoever held the loop, always from 25 ms on (from 45 ms on
+while it rests, when nobody is served).
 
 What became ready while the loop was held is run within ITERATIONS of the hold's end: one reads the socket, one runs the
 task, one to spare. A hold that ended earlier delayed nothing that is run now.

@@ -12,15 +12,17 @@ from collections.abc import Callable
 
 import pytest
 
-from fastapi_headroom import ledger
+from fastapi_headroom import catalog, ledger
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.heartbeat import _milliseconds
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.probes.procfs import ThreadStat
-from fastapi_headroom.probes.pulse import Beat
+from fastapi_headroom.probes.pulse import Pulse
+from fastapi_headroom.probes.rest import Rest, selector_of
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 from tests.probes.loops import DELAY, RUNS, Run, measured, until
+from tests.support.loop_proofs import rested
 
 pytestmark = pytest.mark.alone
 
@@ -144,50 +146,78 @@ def test_long_block_is_filled_in_cheaply(run: Run) -> None:
     run(main())
 
 
-def test_quiet_loop_is_asked_half_as_often_until_something_happens(run: Run) -> None:
-    """After a quiet second each beat stands for two; a request, work or a late beat ends that."""
+def test_quiet_loop_is_left_asleep(run: Run) -> None:
+    """A loop that does nothing is woken once a second, and its delay is recorded as densely as ever."""
 
     async def main() -> None:
         async with measured() as (writer, probe):
             heartbeat = probe._heartbeat
             assert heartbeat is not None
-            pulse = heartbeat._pulse
-
-            def beat(late: float = -1.0, cpu: float = 0.0) -> float:
-                """Let a beat come now, ``late`` after it was due and ``cpu`` after the last; return what it counted."""
-                assert heartbeat is not None and heartbeat._handle is not None
-                heartbeat._handle.cancel()
-                before = writer.value(f"{DELAY}_count", worker="0")
-                clocks = pulse.clocks(time.monotonic())
-                pulse.beat = Beat(clocks._replace(cpu=clocks.cpu - cpu), clocks.at - late)
-                heartbeat._beat()
-                return writer.value(f"{DELAY}_count", worker="0") - before
-
-            def rest(share: float = 0.01) -> bool:
-                """Let a second pass of which the loop's thread was on a CPU for a share."""
-                assert heartbeat is not None
-                clocks = pulse.clocks(time.monotonic())
-                heartbeat._wake()
-                heartbeat._consider_rest(clocks._replace(at=clocks.at - 1, cpu=clocks.cpu - share))
-                heartbeat._consider_rest(clocks)
-                return heartbeat._skips == 2
-
-            assert heartbeat._skips == 1 and beat() == 1
-            assert not rest(share=0.2)
-            assert rest() and beat() == 2
-            for disturbance in (lambda: beat(late=0.004), lambda: beat(cpu=0.1)):
-                assert rest()
-                assert disturbance() == 2
-                assert heartbeat._skips == 1 and beat() == 1
-            assert rest()
-            request = Ledger("/")
-            ledger.in_flight.add(request)
-            beat()
-            assert heartbeat._skips == 1 and not rest()
-            ledger.in_flight.discard(request)
-            assert rest()
+            rested = 0
+            for _ in range(10):  # whatever takes 100 ms of a machine ends a rest
+                beats = heartbeat.beats
+                before, began = writer.value(f"{DELAY}_count", worker="0"), time.monotonic()
+                await asyncio.sleep(2.5)
+                counted = writer.value(f"{DELAY}_count", worker="0") - before
+                assert counted == pytest.approx((time.monotonic() - began) / 0.0165, abs=75)
+                rested += heartbeat.beats - beats <= 4
+                if rested == 2:
+                    break
+            assert rested == 2
 
     run(main())
+
+
+@pytest.mark.parametrize("disturbance", ["request", "work", "hold", "failure"])
+def test_what_happens_ends_the_rest(run: Run, disturbance: str) -> None:
+    """A request in flight, work, a call that holds the loop and a probe that fails: beats come as often as ever."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            heartbeat, watchdog = probe._heartbeat, probe._watchdog
+            assert heartbeat is not None and watchdog is not None
+            await rested(probe)
+            request, goes_on = Ledger("/"), watchdog._rest.goes_on
+            if disturbance == "request":
+                ledger.in_flight.add(request)
+            elif disturbance == "work":
+                spin(0.01)
+            elif disturbance == "hold":
+                time.sleep(0.06)  # noqa: ASYNC251
+            else:
+                watchdog._rest.goes_on = lambda now: 1 / 0  # type: ignore[method-assign, assignment]
+            try:
+                await until(lambda: not heartbeat._long, seconds=0.9)
+                beats = heartbeat.beats
+                await until(lambda: heartbeat.beats - beats > 10, seconds=0.9)
+            finally:
+                ledger.in_flight.discard(request)
+                watchdog._rest.goes_on = goes_on  # type: ignore[method-assign]
+                failures = writer.value("headroom_probe_errors_total", probe="loop")
+                writer.counter(catalog.PROBE_ERRORS, "loop").inc(-failures)
+                assert failures == (disturbance == "failure")
+
+    run(main())
+
+
+def test_where_nobody_tells_what_a_thread_waits_for_the_heartbeat_does_not_rest(run: Run) -> None:
+    """Without the kernel's word, and on a loop without a descriptor, beats come as often as ever."""
+
+    async def main() -> None:
+        pulse = Pulse(asyncio.get_running_loop())
+        rest = Rest(pulse, 0.1)
+        assert rest.possible
+        pulse.thread.close()
+        pulse.resting = True
+        assert not rest.goes_on(time.monotonic())
+        assert not pulse.resting and not rest.possible
+        pulse.close()
+
+    run(main())
+    assert selector_of(object()) is None  # type: ignore[arg-type]
+    closed = asyncio.new_event_loop()
+    closed.close()
+    assert selector_of(closed) is None
 
 
 def test_no_beat_asks_for_a_time_that_the_selector_rounds_up() -> None:

@@ -195,6 +195,11 @@ def test_50_of_50_blocks_are_noticed(run: Run) -> None:
     assert run(loop_proofs.notices_blocks(50)) == (50, 0)
 
 
+def test_blocks_are_noticed_while_the_heartbeat_rests(run: Run) -> None:
+    """So are those on a loop on which nothing else happens, which is woken once a second."""
+    assert run(loop_proofs.notices_blocks_at_rest(24)) == (24, 0)
+
+
 @pytest.mark.parametrize("hogs", [0, 2])
 def test_many_short_steps_are_no_block(run: Run, hogs: int) -> None:
     """A hundred tasks of 2 ms steps make every beat 200 ms late, also beside processes that take the CPU: no code is

@@ -17,6 +17,12 @@ def test_1000_of_1000_blocks_are_noticed(loop: str) -> None:
 
 
 @pytest.mark.parametrize("loop", list(RUNS))
+def test_600_of_600_blocks_are_noticed_at_rest(loop: str) -> None:
+    """So are 600 blocks of a loop on which nothing else happens, and whose heartbeat rests."""
+    assert RUNS[loop](loop_proofs.notices_blocks_at_rest(600)) == (600, 0)
+
+
+@pytest.mark.parametrize("loop", list(RUNS))
 def test_two_minutes_of_many_short_steps_under_contention_are_no_block(loop: str) -> None:
     """Two minutes of tasks that step without a pause, beside two processes that take the CPU, blame no code."""
     with loop_proofs.contention(processes=2):

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.probes.loops import BLOCKS, measured, total, verdicts
+from fastapi_headroom.probes.loop import LoopProbe
+from tests.probes.loops import BLOCKS, measured, total, until, verdicts
 
 BLOCK = 0.1
 
@@ -54,6 +55,39 @@ async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
             noticed += total(writer, BLOCKS) > before
         blamed = total(writer, BLOCKS) - total(writer, BLOCKS, cause="starved")
         return noticed, max(0, int(blamed) - count)
+
+
+async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
+    """Block a loop whose heartbeat rests that often for 100 ms, at random moments between two looks.
+
+    Return how many blocks were followed by one that was counted, and how many were when nothing held the loop.
+    """
+    moments = random.Random(seed)
+    noticed = invented = 0
+    async with measured() as (writer, probe):
+        for number in range(count):
+            await rested(probe)
+            before = total(writer, BLOCKS)
+            await asyncio.sleep(moments.random() * 0.1)
+            invented += total(writer, BLOCKS) > before
+            (sleep, compute, keep_the_gil)[number % 3]()
+            deadline = time.monotonic() + 1
+            while total(writer, BLOCKS) == before and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            noticed += total(writer, BLOCKS) > before
+    return noticed, invented
+
+
+async def rested(probe: LoopProbe) -> None:
+    """Wait until the heartbeat rests. It need not wait for its second: it considers that with the next beats."""
+    heartbeat = probe._heartbeat
+    assert heartbeat is not None
+
+    def resting() -> bool:
+        heartbeat._second_due = 0.0
+        return heartbeat._pulse.resting
+
+    await until(resting, seconds=30.0)
 
 
 async def blamed_while_busy(seconds: float, tasks: int = 100, step: float = 0.002) -> dict[tuple[str, str], float]:

@@ -1,7 +1,6 @@
 """The heartbeat: calls itself on one loop every 16 milliseconds or so, and records how late it was called.
 
-Waking a process that sleeps costs many times what the beat itself does (150 us on a small virtual machine). So a loop
-on which nothing happens is asked half as often, and each beat on time counts twice.
+On a loop on which nothing happens it rests, and comes once a second (see ``rest``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fastapi_headroom.ledger import in_flight
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blame import depth_of
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
+from fastapi_headroom.probes.rest import Rest, due_after, look_interval
 from fastapi_headroom.store.writer import Histogram
 
 INTERVAL: Final = 0.016
@@ -28,8 +28,11 @@ HELD: Final = 0.0015
 virtual machine takes up to half a millisecond more to wake."""
 QUIET: Final = 0.05
 """Share of the last second up to which the loop's thread may have been on a CPU for the heartbeat to rest."""
-AWAKE: Final = 0.002
-"""Seconds of CPU since the last beat that end a rest."""
+UNHELD: Final = 0.15
+"""Share of the last second up to which the thread may have slept while it held the loop. Timers that a busy machine
+runs late look like that."""
+RESTING_INTERVAL: Final = 1.0
+"""Seconds between two beats at rest."""
 MOST_FILLED: Final = 500
 """Missed beats that are recorded one by one; of a longer block's, several at a time."""
 
@@ -67,24 +70,30 @@ class Heartbeat:
         threshold: float,
         each_second: Callable[[], float],
         interval: float = INTERVAL,
-        rest: int = 2,
+        rest: Rest | None = None,
     ) -> None:
-        """``interval`` is in seconds; on a loop on which nothing happens, ``rest`` of them lie between two beats."""
+        """``interval`` is in seconds. With ``rest``, which the watchdog has as well, it may rest."""
         self._interval, self._rest = interval, rest
-        self._skips = 1
-        """Intervals between the last beat and the next."""
-        self._quiet_since: Clocks | None = None
+        self._quiet_since: tuple[Clocks, float] | None = None
+        self._long = False
+        """The next beat is one at rest: a second after the last."""
+        self._timer_due = self._counted = 0.0
+        """At rest: when the timer is due, and up to when beats are recorded."""
         self._pulse, self._delay, self._guard, self._threshold = pulse, delay, guard, threshold
         self._each_second = each_second
         self._second_due = 0.0
         self._context = Context()  # an own, empty one: the request that started us must not live on in it
         self._context.run(_name_library)
-        self._handle: asyncio.TimerHandle | None = None
+        self._handle: asyncio.Handle | None = None
         self._stopped = False
         self.asleep = 0.0
         """Seconds that the thread slept while it held the loop, up to the last beat."""
+        self.beats = 0
+        """Times that it came."""
         self.worst = 0.0
         """Longest delay since somebody set it to 0."""
+
+        pulse.wake = self._wake if rest is not None else None
 
     def start(self, depth: int | None = None) -> None:
         """Schedule the first beat. Call it from a callback of the loop; from a task give the frames below its own."""
@@ -104,7 +113,7 @@ class Heartbeat:
 
     def _resume(self, now: float, depth: int) -> None:
         """Take the loop as free now, whatever came before. ``depth`` is that of the frame that runs its callbacks."""
-        self._pulse.paused = False
+        self._pulse.paused = self._long = False
         self._pulse.depth = depth
         self._schedule(self._pulse.clocks(now), now)
 
@@ -113,26 +122,26 @@ class Heartbeat:
             return
         now = time.monotonic()
         pulse = self._pulse
+        self.beats += 1
         try:
             if pulse.paused:
                 self._resume(now, depth_of(sys._getframe(1)))
                 return
             before = pulse.beat
             late = max(0.0, now - before.due)
+            stands_for = self._interval
+            if self._long:
+                late, stands_for = self._after_rest(now, late), look_interval(self._threshold)
             missed = 0
             if late < HELD:
                 clocks = pulse.clocks_on_time(now)
-                if self._skips == 1:
-                    self._delay.observe(late)
-                else:
-                    self._delay.observe_many(late, self._skips)
-                    if in_flight or clocks.cpu - before.clocks.cpu > AWAKE:
-                        self._wake()
+                self._delay.observe(late)
             else:
                 clocks = pulse.clocks(now)
                 note_late_beat(pulse.loop, late, now - before.clocks.at)
-                missed = self._record(before, clocks, late)
-                self._wake()
+                missed = self._record(before, clocks, late, stands_for)
+                if late >= self._threshold / 4:
+                    self._quiet_since = None
             if pulse.seen:
                 pulse.seen.clear()
             if late > self.worst:
@@ -141,42 +150,68 @@ class Heartbeat:
                 self._consider_rest(clocks)
                 self._second_due = now + 1.0  # also when it fails: not again on each beat
                 self._second_due = now + self._each_second()
-            self._schedule(clocks, before.due + missed * self._interval)
+            self._schedule(clocks, min(now, before.due + missed * self._interval))
         except Exception as error:
             self._guard.failed(error)
+            self._long = False
             self._schedule(pulse.clocks(now), now)
 
-    def _record(self, before: Beat, clocks: Clocks, late: float) -> int:
-        """Record a late beat and those that it made the loop miss; return the number of the latter."""
+    def _record(self, before: Beat, clocks: Clocks, late: float, stands_for: float = INTERVAL) -> int:
+        """Record a late beat and those that it made the loop miss; return the number of the latter.
+
+        ``stands_for`` is for how many seconds of the loop's time it speaks.
+        """
         missed = int(late / self._interval)
         step = 1 + missed // MOST_FILLED
         for filled in range(0, missed + 1, step):
             self._delay.observe_many(late - filled * self._interval, min(step, missed + 1 - filled))
-        if self._skips > 1:
-            self._delay.observe_many(0.0, self._skips - 1)
         # Not more than passed since the beat before, and only what is not in the CPU's part.
         computed = clocks.cpu - before.clocks.cpu + clocks.ready - before.clocks.ready
         if computed < late / 2:
-            self.asleep += max(
-                0.0, min((missed + self._skips) * self._interval, clocks.at - before.clocks.at - computed)
-            )
+            held = missed * self._interval + stands_for
+            self.asleep += max(0.0, min(held, clocks.at - before.clocks.at - computed))
         if before.is_block(clocks.at, self._threshold):
             self._pulse.ended.append(Ended(before, clocks))
         return missed
 
-    def _consider_rest(self, clocks: Clocks) -> None:
-        """Beat less often from now on if the loop did next to nothing in the last second, and serves nobody."""
-        since, self._quiet_since = self._quiet_since, clocks
-        if since is not None and not in_flight and clocks.cpu - since.cpu < QUIET * (clocks.at - since.at):
-            self._skips = self._rest
+    def _after_rest(self, now: float, late: float) -> float:
+        """Record the beats that a rest left out, which nobody would have held up; return how late this one is."""
+        self._long = False
+        by_timer = max(0.0, now - self._timer_due)
+        late = min(late, by_timer)  # a timer that was run in time proves as much as a look
+        count = int((now - late - self._counted) / self._interval)
+        if count > 0:
+            self._delay.observe_many(by_timer if by_timer < HELD else 0.0, count)
+        return late
 
     def _wake(self) -> None:
-        """Beat as often as ever, for a second at least."""
-        self._skips, self._quiet_since = 1, None
+        """Beat at once, and as often as ever from then on. Runs on the loop."""
+        if self._long and not self._stopped and self._handle is not None:
+            self._handle.cancel()
+            self._timer_due, self._quiet_since = 0.0, None
+            self._handle = self._pulse.loop.call_soon(self._beat, context=self._context)
+
+    def _consider_rest(self, clocks: Clocks) -> None:
+        """Rest until the next beat if the loop did next to nothing in the last second, and serves nobody."""
+        since, self._quiet_since = self._quiet_since, (clocks, self.asleep)
+        if since is None or self._rest is None or not self._rest.possible or in_flight:
+            self._long = False
+            return
+        then, asleep = since
+        took = clocks.at - then.at
+        self._long = clocks.cpu - then.cpu < QUIET * took and self.asleep - asleep < UNHELD * took
 
     def _schedule(self, clocks: Clocks, since: float) -> None:
-        due = since + self._skips * self._interval * (0.75 + 0.5 * random())
-        # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
-        delay = _milliseconds(due - clocks.at) * 1e-3
-        self._pulse.beat = Beat(clocks, clocks.at + delay)
-        self._handle = self._pulse.loop.call_later(delay, self._beat, context=self._context)
+        pulse = self._pulse
+        if self._long:
+            delay, self._counted = RESTING_INTERVAL, clocks.at
+            self._timer_due, due = clocks.at + delay, due_after(clocks.at, self._threshold)
+        else:
+            pulse.resting = False
+            due = since + self._interval * (0.75 + 0.5 * random())
+            # Loops round timers up to whole milliseconds: ask for those, or the rounding looks like lateness.
+            delay = _milliseconds(due - clocks.at) * 1e-3
+            due = clocks.at + delay
+        pulse.beat = Beat(clocks, due)
+        pulse.resting = self._long
+        self._handle = pulse.loop.call_later(delay, self._beat, context=self._context)

@@ -32,6 +32,7 @@ from fastapi_headroom.probes.blocking import BlockingCalls
 from fastapi_headroom.probes.blocks import Account
 from fastapi_headroom.probes.heartbeat import Heartbeat
 from fastapi_headroom.probes.pulse import Pulse
+from fastapi_headroom.probes.rest import Rest
 from fastapi_headroom.probes.threadpool import Threadpool
 from fastapi_headroom.probes.watchdog import Watchdog
 from fastapi_headroom.settings import Settings
@@ -136,10 +137,11 @@ class LoopProbe:
         try:
             pulse = Pulse(loop)
             delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
-            heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second)
+            rest = Rest(pulse, self._threshold)
+            heartbeat = Heartbeat(pulse, delay, self.guard, self._threshold, self._each_second, rest=rest)
             heartbeat.start()
             account, on_file = Account(writer, self._threshold), self._blocking.found_in_file
-            watchdog = Watchdog(pulse, account, self.guard, self._threshold, on_file)
+            watchdog = Watchdog(pulse, account, self.guard, self._threshold, on_file, rest)
             watchdog.start()
             blocks.since = watchdog.blocks
             self._heartbeat, self._watchdog = heartbeat, watchdog

@@ -22,6 +22,9 @@ NO_LIMIT = 1 << 60
 _FUTEX = {"x86_64": "202", "aarch64": "98", "riscv64": "98", "ppc64le": "221", "s390x": "238"}
 FUTEX = _FUTEX.get(platform.machine())
 """Number of the system call in which a thread waits for a lock, and so for the GIL; None where unknown."""
+_EPOLL = {"x86_64": {"232", "281", "441"}, "aarch64": {"22", "441"}, "riscv64": {"22", "441"}}
+EPOLL_WAITS: frozenset[str] = frozenset(_EPOLL.get(platform.machine(), ()))
+"""Numbers of the system calls in which a thread waits for any of many files: epoll_wait and its kin."""
 _UNACKED, _UNACKED_OFFSET = struct.Struct("=I"), 24
 """Where ``struct tcp_info`` has ``tcpi_unacked``: for a listening socket, the length of its accept queue."""
 

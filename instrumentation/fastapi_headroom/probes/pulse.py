@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
@@ -83,6 +84,10 @@ class Pulse:
         """Frames of whoever runs the loop: at the bottom of every stack."""
         self.paused = False
         """The loop was found not running; how late the next beat is means nothing."""
+        self.resting = False
+        """The heartbeat comes once a second, and the watchdog sees that the loop is free (see ``rest``)."""
+        self.wake: Callable[[], None] | None = None
+        """Ends the heartbeat's rest. Run it on the loop."""
         self.ended: deque[Ended] = deque(maxlen=MOST_ENDED)
         self.seen: deque[FrameType | None] = deque()
         """Frames that the watchdog is done with: what they hold is let go of on the loop's thread, as without it."""

@@ -106,7 +106,7 @@ class _Watched:
         pulse = Pulse(self.loop)
         interval = min(INTERVAL, self._threshold / 4)
         delay = self._writer.histogram(catalog.LOOP_DELAY, self._writer.worker)
-        self._heartbeat = Heartbeat(pulse, delay, self._guard, self._threshold, _each_second(pulse), interval, rest=1)
+        self._heartbeat = Heartbeat(pulse, delay, self._guard, self._threshold, _each_second(pulse), interval)
         self._watchdog = Watchdog(pulse, self._vigil, self._guard, self._threshold)
         self._heartbeat.start(depth)
         self._watchdog.start()

@@ -28,6 +28,7 @@ from fastapi_headroom.probes.held import Held, Marker
 from fastapi_headroom.probes.judge import Judge, starved_block
 from fastapi_headroom.probes.lack import Lack, OwnClock
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
+from fastapi_headroom.probes.rest import Rest, look_interval
 
 LONG_TURN: Final = 0.05
 """Seconds for which Python code never keeps the GIL from another thread, whose turn comes after 5 ms or so."""
@@ -54,14 +55,19 @@ class Watchdog(threading.Thread):
         guard: Guard,
         threshold: float,
         on_file_call: Callable[[Look, int], None] | None = None,
+        rest: Rest | None = None,
     ) -> None:
-        """``on_file_call`` is told of each call on a file that holds the loop, with the thread's identifier."""
+        """``on_file_call`` is told of each call on a file that holds the loop, with the thread's identifier.
+
+        ``rest`` is that of the heartbeat.
+        """
         super().__init__(name="headroom-watchdog", daemon=True)
         self.pulse, self._reporter, self._guard, self._threshold = pulse, reporter, guard, threshold
         self._tick = min(max(threshold / 5, 0.004), 0.02)
         self._suspicious = threshold / 4
         self._long_turn = min(LONG_TURN, threshold / 2)
         self._judge = Judge(threshold)
+        self._rest = Rest(pulse, threshold) if rest is None else rest
         self._on_file_call, self._file_calls = on_file_call, FileCalls()
         self._stopped = self._closes = False
         self.watches = threading.Event()
@@ -103,10 +109,18 @@ class Watchdog(threading.Thread):
                 self.watches.set()
             time.sleep(nap)
             now = time.monotonic()
+            waited = max(0.0, now - asleep - nap)
             try:
-                self._look(now, max(0.0, now - asleep - nap))
+                if not self.pulse.resting:
+                    self._look(now, waited)
+                elif self._rest.goes_on(now):
+                    self._now_and_then(now)
+                else:
+                    now = time.monotonic()
+                    self._look(now, waited, suspect=self._rest.held)
             except Exception as error:
                 self._guard.failed(error)
+                self._rest.end()
                 time.sleep(1.0)  # whatever it was, do not spin on it
                 now = time.monotonic()
             looked = time.monotonic() - now
@@ -175,18 +189,20 @@ class Watchdog(threading.Thread):
         if self._held is not None:
             # Close looks tell one long step from many short ones; a long block is not slowed down by more of them.
             return self._tick if self._looks > CLOSE_LOOKS else self._tick / 4
+        if self.pulse.resting:
+            return look_interval(self._threshold)
         remaining = self.pulse.beat.due + self._suspicious - now
         if self.pulse.paused or remaining <= 0:
             return self._tick
         return max(LEAST_NAP, min(remaining, 3 * self._tick))
 
-    def _look(self, now: float, waited: float) -> None:
+    def _look(self, now: float, waited: float, suspect: bool = False) -> None:
         """``waited`` is how long this thread itself wanted to run and could not, in seconds."""
         pulse = self.pulse
         beat = pulse.beat
         # A part of the way to a block: look now, or a short one would be over before it was seen. And before anything
         # else: every system call gives the GIL away, and the code that has just let go of it would run on.
-        suspect = now - beat.due >= self._suspicious
+        suspect = suspect or now - beat.due >= self._suspicious
         marker = self._marker
         look = self._sample(waited) if suspect or waited >= self._long_turn else None
         cpu = None if look is None else pulse.cpu()
@@ -219,6 +235,9 @@ class Watchdog(threading.Thread):
                 self._reporter.lasts(self._judge.block(held, held.at_last, self._lack))
             return
         self._settle()
+        self._now_and_then(now)
+
+    def _now_and_then(self, now: float) -> None:
         if now >= self._threads_due:
             self._threads_due = now + THREADS_INTERVAL
             self._judge.look_at_threads()
