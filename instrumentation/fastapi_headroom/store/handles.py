@@ -12,6 +12,15 @@ import time
 from bisect import bisect_left
 from contextlib import AbstractContextManager, nullcontext
 
+moves = 0
+"""Raised each time that handles were sent elsewhere: who remembers a handle's view and indexes asks them anew then."""
+
+
+def note_moves() -> None:
+    """Raise ``moves``: after handles were sent elsewhere, and before their old values are looked at."""
+    global moves
+    moves += 1
+
 
 class Handle:
     """One series. ``view`` is swapped when its file is left, the indexes stay valid."""
