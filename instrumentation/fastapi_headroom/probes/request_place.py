@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from fastapi_headroom.store.handles import Counter, Histogram
+from fastapi_headroom.store.writer import Counter, Histogram
 
 MAX_MARKS: Final = 4
 """Blocks that are flagged at most: the series of the route are made in one go, those of the method and status apart."""
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     """Indexes into the views of two files."""
 
     moves: int
-    """Of ``store.handles``, when this was looked up: another number there makes it void."""
+    """``MOVES.count`` when this was looked up: another number there makes it void."""
     histograms: tuple[memoryview[float], int, int, int, int, Cells, Cells, Cells, Cells, Cells, Cells]
     """The view, the flags that are to be set (0: none; the third implies the fourth), and the cells."""
     counters: tuple[memoryview[float], int, int]

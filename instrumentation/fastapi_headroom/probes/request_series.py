@@ -16,8 +16,7 @@ from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, STAGES, Ledger
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.request_place import Place, find_place
-from fastapi_headroom.store import handles
-from fastapi_headroom.store.writer import Counter, Histogram, Writer, gil_enabled
+from fastapi_headroom.store.writer import MOVES, Counter, Histogram, Writer, gil_enabled
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
@@ -121,7 +120,7 @@ class ResponseSeries:
         cell_s = bisect_left(_SIZE_BOUNDS, sent)
         # No call and no loop from here on: one uninterrupted step, also while handles are sent elsewhere.
         place = self._place
-        if place is None or place.moves != handles.moves:
+        if place is None or place.moves != MOVES.count:
             self._write_and_look(ledger, duration, first_byte, sent)
             return
         view, mark, mark_2, mark_3, mark_4, durations, latencies, first_bytes, loop_holds, counts, sizes = (
@@ -154,7 +153,7 @@ class ResponseSeries:
 
     def _write_and_look(self, ledger: Ledger, duration: float, first_byte: float, sent: int) -> None:
         """Do what ``write`` does through the handles, and look for the next one where they are by now."""
-        moves = handles.moves  # first: what moves while we look is looked for again
+        moves = MOVES.count  # first: what moves while we look is looked for again
         if self._looked != moves:
             self._looked = moves
             on_loop = self.route.stages[ON_LOOP] or self.route.make_stage(ON_LOOP)

@@ -12,14 +12,18 @@ import time
 from bisect import bisect_left
 from contextlib import AbstractContextManager, nullcontext
 
-moves = 0
-"""Raised each time that handles were sent elsewhere: who remembers a handle's view and indexes asks them anew then."""
+
+class Moves:
+    """How often handles were sent elsewhere: who remembers a handle's view and indexes asks them anew then."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Raised after handles were sent elsewhere, and before their old values are looked at."""
 
 
-def note_moves() -> None:
-    """Raise ``moves``: after handles were sent elsewhere, and before their old values are looked at."""
-    global moves
-    moves += 1
+MOVES = Moves()
 
 
 class Handle:
