@@ -12,12 +12,13 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Coroutine, Generator
 from typing import Any
 
 import anyio
 import pytest
 
-from fastapi_headroom.driver import Driven
+from fastapi_headroom.driver import Driven, DrivenOther
 from fastapi_headroom.ledger import Ledger, current
 from fastapi_headroom.probes.request_tasks import TaskHook
 from tests.support.driven import LOOPS, Alike
@@ -177,6 +178,33 @@ def test_an_await_chain_through_the_driver_is_whole() -> None:
         chains.append(chain)
         coroutine.close()
     assert chains[0] == chains[1] == ["server", "app", "innermost", "sleep"]
+
+
+async def test_a_coroutine_of_another_kind_keeps_its_attributes() -> None:
+    """A task's coroutine that is an object of a library has its own attributes, and no others, under the driver."""
+
+    async def seven() -> int:
+        return 7
+
+    class Job(Coroutine[Any, Any, int]):
+        """As libraries write them: no names, and something of its own."""
+
+        number = 3
+
+        def __init__(self) -> None:
+            coroutine = seven()
+            self.send, self.throw, self.close = coroutine.send, coroutine.throw, coroutine.close
+
+        send = throw = close = None  # type: ignore[assignment]
+
+        def __await__(self) -> Generator[Any, Any, int]:
+            return seven().__await__()
+
+    driven = DrivenOther(Job(), Ledger())
+    assert driven.number == 3
+    assert not hasattr(driven, "cr_frame")
+    assert not hasattr(driven, "__qualname__")
+    assert await asyncio.create_task(driven) == 7
 
 
 # ------------------------------------------------------------------ task factories

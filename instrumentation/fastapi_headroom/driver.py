@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 from fastapi_headroom.holds import LONG, SHORT, note_step, of_running_loop
 from fastapi_headroom.ledger import ON_LOOP, Ledger
@@ -36,6 +36,13 @@ def blocked(coroutine: Any, suspended: float, now: float) -> float:
         return 0.0
 
 
+_SEEN: Final = (
+    *("cr_await", "cr_code", "cr_frame", "cr_origin", "cr_running", "cr_suspended"),
+    *("gi_code", "gi_frame", "gi_running", "gi_suspended", "gi_yieldfrom"),
+)
+"""What is to be seen of a coroutine, or of a generator that is one, besides its names. Varies by Python version."""
+
+
 class Driven(Coroutine[Any, Any, Any]):
     """A coroutine whose steps are timed. It can be awaited once, or given to a task.
 
@@ -43,16 +50,20 @@ class Driven(Coroutine[Any, Any, Any]):
     request has finished (background tasks) do not count, but they hold the loop for others.
     """
 
-    __slots__ = ("__weakref__", "_coroutine", "_ledger", "_send")
+    # A class cannot have a property of the name __qualname__, a slot it can. No __getattr__: where there is one, the
+    # interpreter finds every attribute the slow way, at each step.
+    __slots__ = ("__qualname__", "__weakref__", "_coroutine", "_ledger", "_send")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], ledger: Ledger) -> None:
+    def __init__(self, coroutine: Any, ledger: Ledger) -> None:
+        """``coroutine`` is one of an ``async def``; see ``DrivenOther`` for all else that can be awaited."""
+        self._coroutine: Any = coroutine
         self._ledger = ledger
-        try:
-            self._send = coroutine.send
-        except AttributeError:  # an app may return any awaitable, and one that returns none is to be told so
-            coroutine = _awaiting(coroutine)
-            self._send = coroutine.send
-        self._coroutine = coroutine
+        self._send = coroutine.send
+        self.__qualname__ = coroutine.__qualname__
+
+    @property
+    def __name__(self) -> str:
+        return self._coroutine.__name__  # type: ignore[no-any-return]
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self  # the iterator protocol of await: __next__, send, throw, close
@@ -62,9 +73,9 @@ class Driven(Coroutine[Any, Any, Any]):
 
     def __next__(self) -> Any:
         # What tasks and await call for every step but a thrown one; written out here because it is the hot path.
-        ledger = self._ledger
+        ledger, send = self._ledger, self._send
         if ledger.stepping or ledger.finished:
-            return self._send(None) if ledger.stepping else self._step_after(self._send, None)
+            return send(None) if ledger.stepping else self._step_after(send, None)
         started = perf_counter()
         elapsed = started - ledger.mark
         if elapsed >= LONG:
@@ -80,7 +91,7 @@ class Driven(Coroutine[Any, Any, Any]):
         ledger.mark = started
         ledger.stepping = True
         try:
-            return self._send(None)
+            return send(None)
         finally:
             ledger.stepping = False
             now = perf_counter()
@@ -138,8 +149,34 @@ class Driven(Coroutine[Any, Any, Any]):
             if ended - started >= SHORT:
                 note_step(started, ended)
 
+
+def _seen(name: str) -> property:
+    # Introspection (Task.get_stack, anyio, debuggers) sees the coroutine itself, and no attribute that it has not.
+    return property(lambda driven: getattr(driven._coroutine, name))
+
+
+for _name in _SEEN:
+    setattr(Driven, _name, _seen(_name))
+
+
+class DrivenOther(Driven):
+    """The same for any other awaitable, which may have attributes of its own."""
+
+    __slots__ = ()
+
+    def __init__(self, awaitable: Any, ledger: Ledger) -> None:
+        self._ledger = ledger
+        try:
+            self._send = awaitable.send
+        except AttributeError:  # an app may return any awaitable, and one that returns none is to be told so
+            awaitable = _awaiting(awaitable)
+            self._send = awaitable.send
+        self._coroutine = awaitable
+        name: str | None = getattr(awaitable, "__qualname__", None)
+        if name is not None:
+            self.__qualname__ = name
+
     def __getattr__(self, name: str) -> Any:
-        # Introspection (cr_frame, cr_await, __qualname__: Task.get_stack, anyio, debuggers) sees the coroutine itself.
         return getattr(self._coroutine, name)
 
 
@@ -148,11 +185,12 @@ class Begun(Driven):
 
     __slots__ = ()
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], ledger: Ledger, awaited: Any) -> None:
+    def __init__(self, coroutine: Any, ledger: Ledger, awaited: Any) -> None:
         """``awaited`` is what the first step was suspended with."""
         self._coroutine = coroutine
         self._ledger = ledger
         self._send = awaited
+        self.__qualname__ = coroutine.__qualname__
 
     def __next__(self) -> Any:
         awaited: Any = self._send

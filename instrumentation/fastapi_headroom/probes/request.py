@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 
 from fastapi_headroom import catalog, holds
 from fastapi_headroom.catalog import Metric
-from fastapi_headroom.driver import Begun, Driven
+from fastapi_headroom.driver import Begun, DrivenOther
 from fastapi_headroom.holds import SHORT, note_step
 from fastapi_headroom.ledger import Ledger, current, in_flight
 from fastapi_headroom.probes import arrival, routes
@@ -199,7 +199,7 @@ class RequestProbe:
             try:
                 served = original(app, scope, exchange.receive, exchange.send)
                 if type(served) is not CoroutineType:
-                    return await Driven(served, ledger)
+                    return await DrivenOther(served, ledger)
                 # The first step is run here: most requests have no other, and the driver's machinery costs more.
                 ledger.stepping = True
                 try:

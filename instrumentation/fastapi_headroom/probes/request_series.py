@@ -15,7 +15,8 @@ from fastapi_headroom import catalog
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, STAGES, Ledger
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
-from fastapi_headroom.store.writer import Counter, Histogram, Writer, gil_enabled
+from fastapi_headroom.probes.request_place import Place, find_place
+from fastapi_headroom.store.writer import MOVES, Counter, Histogram, Writer, gil_enabled
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
@@ -25,6 +26,10 @@ MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
 CLOSE_REASONS: Final = ("normal", "abnormal", "error", "rejected")
 _ALL_STAGES: Final = range(len(STAGES))
+_TIME_BOUNDS: Final = catalog.REQUEST_DURATION.buckets
+_HOLD_BOUNDS: Final = catalog.LOOP_HOLD.buckets
+_QUERY_BOUNDS: Final = catalog.REQUEST_QUERIES.buckets
+_SIZE_BOUNDS: Final = catalog.RESPONSE_BODY_SIZE.buckets
 
 Write = Callable[[float], None]
 
@@ -78,8 +83,8 @@ class RouteSeries:
 class ResponseSeries:
     """What is kept per method, route, status and error type, and the way to the route's series."""
 
-    __slots__ = ("_bodyless", "_handles", "_requests", "_writer", "labels", "outcome", "request_size", "response_size",
-                 "route")  # fmt: skip
+    __slots__ = ("_bodyless", "_handles", "_looked", "_place", "_requests", "_writer", "labels", "outcome",
+                 "request_size", "response_size", "route")  # fmt: skip
 
     def __init__(self, writer: Writer, route: RouteSeries, labels: tuple[str, str, str, str], outcome: str) -> None:
         method, template, status, _ = self.labels = labels
@@ -92,57 +97,68 @@ class ResponseSeries:
         self._bodyless = method == "HEAD" or status in _BODYLESS
         self.request_size: Write | None = None
         self._handles: tuple[Histogram, Histogram, Histogram, Histogram, Histogram, Histogram] | None = None
+        self._place: Place | None = None
+        self._looked = -1
+        """The number of moves at which ``_place`` was looked for, in vain or not."""
 
     def write(self, ledger: Ledger, duration: float, first_byte: float, sent: int) -> None:
         """Write a request that was answered, and whose response was no stream; times in seconds, size in bytes.
 
         Its outcome, and what few requests have, is written apart. This is what ``observe`` and ``inc`` of each handle
-        would do, in one go: the calls would cost as much again.
+        would do, in one go: the calls, and asking each handle where it is, would cost as much again.
         """
-        handles = self._handles or self._make_handles()
-        by_duration, by_latency, by_first_byte, by_hold, by_queries, by_size = handles
-        requests, stages, seconds = self._requests, self.route.stages, ledger.seconds
-        on_loop = stages[ON_LOOP] or self.route.make_stage(ON_LOOP)
+        seconds = ledger.seconds
         hold, queries, accepted = ledger.longest_step, ledger.queries, seconds[ACCEPT_QUEUE]
         if self._bodyless:
             sent = 0
         # The bounds of the three times are the same, so a short duration tells the bucket of all.
-        cell_d = bisect_left(by_duration.bounds, duration)
-        cell_l = bisect_left(by_latency.bounds, accepted + duration) if accepted else cell_d
-        cell_f = bisect_left(by_first_byte.bounds, first_byte) if cell_d else 0
-        cell_h = bisect_left(by_hold.bounds, hold)
-        cell_q = bisect_left(by_queries.bounds, queries) if queries else 0
-        cell_s = bisect_left(by_size.bounds, sent)
-        # No call from here on: each handle's part is one uninterrupted step, also while the handle moves elsewhere.
-        view = by_duration.view
-        view[by_duration.mark] = 1.0
-        view[by_duration.cells[cell_d]] += 1.0
-        view[by_duration.index] += duration
-        view = by_latency.view
-        view[by_latency.mark] = 1.0
-        view[by_latency.cells[cell_l]] += 1.0
-        view[by_latency.index] += accepted + duration
-        view = by_first_byte.view
-        view[by_first_byte.mark] = 1.0
-        view[by_first_byte.cells[cell_f]] += 1.0
-        view[by_first_byte.index] += first_byte
-        view = by_hold.view
-        view[by_hold.mark] = 1.0
-        view[by_hold.cells[cell_h]] += 1.0
-        view[by_hold.index] += hold
-        view = by_queries.view
-        view[by_queries.mark] = 1.0
-        view[by_queries.cells[cell_q]] += 1.0
+        cell_d = bisect_left(_TIME_BOUNDS, duration)
+        cell_l = bisect_left(_TIME_BOUNDS, accepted + duration) if accepted else cell_d
+        cell_f = bisect_left(_TIME_BOUNDS, first_byte) if cell_d else 0
+        cell_h = bisect_left(_HOLD_BOUNDS, hold)
+        cell_q = bisect_left(_QUERY_BOUNDS, queries) if queries else 0
+        cell_s = bisect_left(_SIZE_BOUNDS, sent)
+        # No call and no loop from here on: one uninterrupted step, also while handles are sent elsewhere.
+        place = self._place
+        if place is None or place.moves != MOVES.count:
+            self._write_and_look(ledger, duration, first_byte, sent)
+            return
+        view, mark, mark_2, mark_3, mark_4, durations, latencies, first_bytes, loop_holds, counts, sizes = (
+            place.histograms
+        )
+        view[mark] = 1.0
+        if mark_2:
+            view[mark_2] = 1.0
+            if mark_3:
+                view[mark_3] = 1.0
+                view[mark_4] = 1.0
+        view[durations[cell_d]] += 1.0
+        view[durations[-1]] += duration
+        view[latencies[cell_l]] += 1.0
+        view[latencies[-1]] += accepted + duration
+        view[first_bytes[cell_f]] += 1.0
+        view[first_bytes[-1]] += first_byte
+        view[loop_holds[cell_h]] += 1.0
+        view[loop_holds[-1]] += hold
+        view[counts[cell_q]] += 1.0
         if queries:
-            view[by_queries.index] += queries
-        view = by_size.view
-        view[by_size.mark] = 1.0
-        view[by_size.cells[cell_s]] += 1.0
-        view[by_size.index] += sent
-        requests.view[requests.index] += 1.0
-        on_loop.view[on_loop.index] += seconds[ON_LOOP]
+            view[counts[-1]] += queries
+        view[sizes[cell_s]] += 1.0
+        view[sizes[-1]] += sent
+        view, requests, on_loop = place.counters
+        view[requests] += 1.0
+        view[on_loop] += seconds[ON_LOOP]
         if ledger.waited or seconds[OTHER]:
             self._write_stages(seconds)
+
+    def _write_and_look(self, ledger: Ledger, duration: float, first_byte: float, sent: int) -> None:
+        """Do what ``write`` does through the handles, and look for the next one where they are by now."""
+        moves = MOVES.count  # first: what moves while we look is looked for again
+        if self._looked != moves:
+            self._looked = moves
+            on_loop = self.route.stages[ON_LOOP] or self.route.make_stage(ON_LOOP)
+            self._place = find_place(moves, self._handles or self._make_handles(), self._requests, on_loop)
+        self.write_apart(ledger, duration, first_byte, sent)
 
     def _write_stages(self, seconds: list[float]) -> None:
         """Write the stages besides ``on_loop``."""
@@ -154,7 +170,7 @@ class ResponseSeries:
     def _make_handles(self) -> tuple[Histogram, Histogram, Histogram, Histogram, Histogram, Histogram]:
         """Make the histogram of durations, with the first one: a route that only streams has none."""
         route = self.route
-        handles = self._handles = (
+        made = self._handles = (
             self._writer.histogram(catalog.REQUEST_DURATION, *self.labels),
             route.latency,
             route.first_byte,
@@ -162,7 +178,7 @@ class ResponseSeries:
             route.queries,
             self.response_size,
         )
-        return handles
+        return made
 
     def write_apart(self, ledger: Ledger, duration: float | None, first_byte: float | None, sent: int) -> None:
         """Write the same through each handle by itself; None for what is not to be written.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import CoroutineType
 from typing import Any
 
-from fastapi_headroom.driver import Driven
+from fastapi_headroom.driver import Driven, DrivenOther
 from fastapi_headroom.ledger import current
 
 Factory = Callable[..., Any]
@@ -51,9 +51,10 @@ def _driven(coroutine: Any, options: dict[str, Any]) -> Any:
     ledger = current.get() if context is None else context.get(current)
     if ledger is None or ledger.finished:
         return coroutine
-    kind = type(coroutine)
-    if kind is CoroutineType or (kind is not Driven and asyncio.iscoroutine(coroutine)):
+    if type(coroutine) is CoroutineType:
         return Driven(coroutine, ledger)
+    if asyncio.iscoroutine(coroutine) and not isinstance(coroutine, Driven):
+        return DrivenOther(coroutine, ledger)
     return coroutine  # what is no coroutine the task refuses, in its own words
 
 
@@ -72,7 +73,7 @@ def _create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> 
     context = options.get("context") if options else None
     ledger = current.get() if context is None else context.get(current)
     if ledger is not None and not ledger.finished:
-        coroutine = _driven(coroutine, options)
+        coroutine = Driven(coroutine, ledger) if type(coroutine) is CoroutineType else _driven(coroutine, options)
     task: Any = _Task(coroutine, loop=loop, **options)
     if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
         while stack and stack[-1].filename == __file__:

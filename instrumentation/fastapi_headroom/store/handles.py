@@ -13,6 +13,19 @@ from bisect import bisect_left
 from contextlib import AbstractContextManager, nullcontext
 
 
+class Moves:
+    """How often handles were sent elsewhere: who remembers a handle's view and indexes asks them anew then."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Raised after handles were sent elsewhere, and before their old values are looked at."""
+
+
+MOVES = Moves()
+
+
 class Handle:
     """One series. ``view`` is swapped when its file is left, the indexes stay valid."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from fastapi_headroom.store.handles import Gauge, Handle, Histogram, counting_lock
+from fastapi_headroom.store.handles import MOVES, Gauge, Handle, Histogram, counting_lock
 from fastapi_headroom.store.region import Region
 
 
@@ -34,6 +34,7 @@ def move(source: Region, target: Region, *, same_file: bool = False) -> None:
             mark = target.marks.index(places)
             with counting_lock():
                 _send(handles, target.view, places, mark)
+            MOVES.count += 1
             if not same_file and not isinstance(first, Gauge):
                 _add(source.view, indexes, target.view, places)
             for i in indexes:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi_headroom.store import layout
-from fastapi_headroom.store.handles import Handle
+from fastapi_headroom.store.handles import MOVES, Handle
 from fastapi_headroom.store.marks import TABLE, Marks, are_kept_in
 from fastapi_headroom.store.slot import has_name
 
@@ -189,6 +189,7 @@ class Region:
         self.marks, self.is_marked = Marks(self.view, self.capacity), False
         for handle in self.handles:
             handle.view = self.view
+        MOVES.count += 1
 
     def entries(self) -> list[tuple[bytes, float]]:
         """Return every key with its value."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.store import handles, layout, memory
-from fastapi_headroom.store.handles import Counter, Gauge, Handle, Histogram, RecentGauge, gil_enabled
+from fastapi_headroom.store.handles import MOVES, Counter, Gauge, Handle, Histogram, RecentGauge, gil_enabled
 from fastapi_headroom.store.region import CAPACITY, FullError, Region
 from fastapi_headroom.store.slot_files import SlotFiles
 
 __all__ = [
+    "MOVES",
     "OVERFLOW",
     "Counter",
     "Gauge",

@@ -38,6 +38,20 @@ _decided: ContextVar[int | None] = ContextVar("fastapi_headroom_trace_id", defau
 """The trace id that was sampled and whose server span is about to be started."""
 
 
+def _context_calls() -> tuple[Callable[[], Context], Callable[[Context], Any], Callable[[Any], None]]:
+    """Return what gets, sets and resets the current context: those of the variable itself, where there is one.
+
+    The public functions are three calls deep each, which costs as much as all else that an unsampled request needs.
+    """
+    variable = getattr(getattr(otel_context, "_RUNTIME_CONTEXT", None), "_current_context", None)
+    if isinstance(variable, ContextVar):
+        return variable.get, variable.set, variable.reset
+    return otel_context.get_current, otel_context.attach, otel_context.detach
+
+
+_current, _attach, _reset = _context_calls()
+
+
 class UnsampledSpan(NonRecordingSpan):
     """The span of a request that the gate dropped; every span below it is dropped as well.
 
@@ -140,17 +154,20 @@ class Gate:
             return await self.app(scope, receive, send)
         scope.setdefault("fastapi.telemetry", None)  # FastAPI's own telemetry stands aside, as it does when sampled
         scope[UNSAMPLED] = True
-        token = otel_context.attach(unsampled)
+        token = _attach(unsampled)
         try:
             await self._untraced(scope, receive, send)
         finally:
-            otel_context.detach(token)
+            try:
+                _reset(token)
+            except ValueError:  # a coroutine that is thrown away is closed in another context: said as ever
+                otel_context.detach(token)
         return None
 
     def _decide(self, scope: Any) -> Context | None:
         """Return the context to serve an unsampled request in, None for one that goes the instrumentation's way."""
         # A context that is there already has a span, or switches the instrumentation off: not a request like others.
-        if otel_context.get_current() or _response_propagator() is not None or not self._enabled():
+        if _current() or _response_propagator() is not None or not self._enabled():
             return None
         if self._excludes is not None and self._excludes(_url_parts(scope)[2]):
             return None
