@@ -181,6 +181,21 @@ COMPRESSIBLE_BYTES = _counter(
     "Bytes of text bodies over 1 kB sent without Content-Encoding to clients that accept one.",
     "bytes",
 )
+RESPONSE_CACHE_POLICIES = _counter(
+    "headroom_response_cache_policies_total",
+    "request",
+    (_ROUTE, "policy"),
+    "Answers of 2xx and 3xx to GET and HEAD that have a Cache-Control, by what it lets clients and proxies do: public, "
+    "private, revalidate, no_store or no_lifetime. Answers without one are not counted.",
+    "responses",
+)
+RESPONSE_MAX_AGE = _counter(
+    "headroom_response_max_age_seconds_total",
+    "request",
+    (_ROUTE,),
+    "Lifetimes that responses were sent with, added up; divided by those of policy public and private it is the mean.",
+    "seconds",
+)
 HTTP_CLIENT_DURATION = _histogram(
     "http_client_request_duration_seconds",
     "request",

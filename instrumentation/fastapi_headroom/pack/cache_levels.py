@@ -13,17 +13,51 @@ from fastapi_headroom.pack.panels import Column, Query
 
 _ANSWERED = 'http_response_status_code=~"200|304"'
 _NOT_MODIFIED = 'http_response_status_code="304"'
+_KEEPABLE = 'http_response_status_code=~"[23].."'
+_READS = 'http_request_method=~"GET|HEAD"'
 _BY = ("cache",)
 
 
-def _http(status: str, *, routes: str = "") -> str:
-    return promql.by("sum", ("http_route",), promql.flow(catalog.REQUEST_DURATION, status, suffix="_count")) + routes
+def _http(*matchers: str) -> str:
+    return promql.by("sum", ("http_route",), promql.flow(catalog.REQUEST_DURATION, *matchers, suffix="_count"))
 
 
 def _cacheable(status: str) -> str:
     """Return requests per second by route of those routes that ever answered 304 in the time shown."""
     ever = promql.by("sum", ("http_route",), promql.total(catalog.REQUEST_DURATION, _NOT_MODIFIED, suffix="_count"))
     return f"({_http(status)} and on (http_route) {ever} > 0)"
+
+
+def _kept() -> Cell:
+    answered = f"({_http(_KEEPABLE, _READS)} > 0)"
+
+    def saying(matcher: str) -> str:
+        return promql.by("sum", ("http_route",), promql.flow(catalog.RESPONSE_CACHE_POLICIES, matcher))
+
+    used, asked, never = (
+        saying(f'policy=~"{policies}"') for policies in ("public|private", "revalidate|no_lifetime", "no_store")
+    )
+    lifetime = promql.by("sum", ("http_route",), promql.flow(catalog.RESPONSE_MAX_AGE))
+    return Cell(
+        panels.listing(
+            "HTTP: what clients and proxies may keep",
+            (
+                "Which busy route could be answered before it reaches us? A route with 0 % in all three says nothing "
+                "in Cache-Control: clients ask again each time, or guess. A fall of what is used unasked after a "
+                "deploy is traffic that clients had spared us; a long lifetime is how long they show what has changed."
+            ),
+            {"http_route": "Route"},
+            Column("Answers/s", answered, "reqps", 2, bar=True),
+            Column("Used unasked", promql.ratio(used, answered), "percentunit", 1),
+            Column("Ask each time", promql.ratio(asked, answered), "percentunit", 1),
+            Column("Never kept", promql.ratio(never, answered), "percentunit", 1),
+            Column("Mean lifetime", f"{lifetime} / ({used} > 0)", "s", 0),
+            sort="Answers/s",
+            widths={"Used unasked": 130, "Ask each time": 130, "Never kept": 130, "Mean lifetime": 130},
+        ),
+        24,
+        8,
+    )
 
 
 def levels() -> Row:
@@ -83,6 +117,7 @@ def levels() -> Row:
                 8,
                 9,
             ),
+            _kept(),
         ),
     )
 
