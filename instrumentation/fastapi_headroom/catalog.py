@@ -470,6 +470,28 @@ CACHE_SERVER_INFO = _gauge(
     ("cache", "server", "version", "eviction_policy"),
     "1: what a cache server is, and what it does at its memory limit.",
 )
+CACHE_SAMPLED_KEYS = _counter(
+    "headroom_cache_sampled_keys_total",
+    "cache",
+    ("cache", "key_pattern", "expires"),
+    "Random keys of a cache server that the exporter looked at, by when they expire: never, within_minute, "
+    "within_hour, within_day or later.",
+    "entries",
+)
+CACHE_SAMPLED_BYTES = _counter(
+    "headroom_cache_sampled_bytes_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Memory of those keys and what they hold; a pattern's share of it is its share of the server's entries in bytes.",
+    "bytes",
+)
+CACHE_SAMPLED_IDLE = _counter(
+    "headroom_cache_sampled_idle_seconds_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Time since those keys were last used, added up. No series where the eviction policy counts uses instead (LFU).",
+    "seconds",
+)
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W
 )

@@ -38,6 +38,18 @@ INPUT = [
     counter("headroom_response_cache_policies_total", 2, 'http_route="/plans", policy="public"'),
     counter("headroom_response_cache_policies_total", 1, 'http_route="/plans", policy="revalidate"'),
     counter("headroom_response_max_age_seconds_total", 128, 'http_route="/plans"'),
+    *(
+        counter(
+            "headroom_cache_sampled_keys_total", 1, f'cache="redis", key_pattern="{it}:{{}}", expires="{end}"', sidecar
+        )
+        for it, end in (("a", "never"), ("b", "within_minute"))
+        for sidecar in "ab"
+    ),
+    *(
+        counter("headroom_cache_sampled_bytes_total", size, f'cache="redis", key_pattern="{it}:{{}}"', sidecar)
+        for it, size in (("a", 3), ("b", 1))
+        for sidecar in "ab"
+    ),
     *(gauge("headroom_cache_memory_bytes", 40, 'cache="redis"', it) for it in "ab"),
     *(gauge("headroom_cache_memory_limit_bytes", 100, 'cache="redis"', it) for it in "ab"),
     *(gauge("headroom_cache_entries", 7, 'cache="redis"', it) for it in "ab"),
@@ -81,6 +93,16 @@ def queries(title: str) -> list[str]:
                 '{http_route="/plans"} 0.25 | {http_route="/users"} 0',
                 '{http_route="/plans"} 0 | {http_route="/users"} 0',
                 '{http_route="/plans"} 64',
+            ],
+        ),
+        (
+            "What fills the server, by random keys in the time shown",
+            [
+                '{cache="redis", key_pattern="a:{}"} 0.75 | {cache="redis", key_pattern="b:{}"} 0.25',
+                '{cache="redis", key_pattern="a:{}"} 3600 | {cache="redis", key_pattern="b:{}"} 3600',
+                '{cache="redis", key_pattern="a:{}"} 1 | {cache="redis", key_pattern="b:{}"} 0',
+                '{cache="redis", key_pattern="a:{}"} 0 | {cache="redis", key_pattern="b:{}"} 1',
+                None,
             ],
         ),
         # two sidecars that poll one server do not multiply it

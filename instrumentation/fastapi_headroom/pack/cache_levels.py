@@ -195,6 +195,43 @@ def servers() -> Row:
     )
 
 
+def contents() -> Row:
+    """What cache servers hold, where the exporter looks at keys."""
+    return Row("What cache servers hold", (_sampled(),))
+
+
+def _sampled() -> Cell:
+    by = ("cache", "key_pattern")
+
+    def seen(metric: catalog.Metric, *matchers: str, labels: tuple[str, ...] = by) -> str:
+        return promql.by("sum", labels, promql.total(metric, CACHES, *matchers))
+
+    keys = f"({seen(catalog.CACHE_SAMPLED_KEYS)} > 0)"
+    size = seen(catalog.CACHE_SAMPLED_BYTES)
+    whole = seen(catalog.CACHE_SAMPLED_BYTES, labels=_BY)
+    never, soon = (seen(catalog.CACHE_SAMPLED_KEYS, f'expires="{it}"') for it in ("never", "within_minute"))
+    return Cell(
+        panels.listing(
+            "What fills the server, by random keys in the time shown",
+            (
+                "Which entries fill the memory, and will they ever go? A pattern with much of the memory that never "
+                "expires grows until the server evicts or refuses; one that ends within a minute as a whole comes "
+                "back as misses all at once. Shares are estimates: of 100 keys seen, within ten points."
+            ),
+            {"cache": "Cache", "key_pattern": "Keys"},
+            Column("Of the memory", f"{size} / on (cache) group_left () {whole}", "percentunit", 0, bar=True),
+            Column("Keys seen", keys, "short", 0),
+            Column("Never expire", promql.ratio(never, keys), "percentunit", 0),
+            Column("End within a minute", promql.ratio(soon, keys), "percentunit", 0),
+            Column("Mean idle", f"{seen(catalog.CACHE_SAMPLED_IDLE)} / {keys}", "s", 0),
+            sort="Of the memory",
+            widths={"Keys seen": 110, "Never expire": 130, "End within a minute": 170, "Mean idle": 110},
+        ),
+        24,
+        8,
+    )
+
+
 def in_process() -> Row:
     """Caches in the process."""
     held = promql.by("sum", _BY, promql.shown(catalog.CACHE_ENTRIES, CACHES))
