@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "exporter": {
         "catalog", "thresholds", "errors", "settings", "advice", "store.reader", "store.exemplars", "store.slot",
         "store.layout",
-        "probes.queue_adapters",
+        "probes.queue_adapters", "probes.key_pattern", "probes.key_learning",
     },
     "pack": {"catalog", "thresholds", "errors"},
     "wiring": {"apps", "own_io", "settings", "errors", "store.writer", "probes", "tracing", "exporter"},

@@ -31,6 +31,7 @@ OF_THE_EXPORTER |= {catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED, catalog.QUEUE_C
 OF_THE_EXPORTER |= {catalog.QUEUE_IN_PROGRESS, catalog.WORKER_RESTARTS}  # restarts: the store, when it claims a slot
 OF_THE_EXPORTER |= {catalog.CACHE_MEMORY, catalog.CACHE_MEMORY_LIMIT, catalog.CACHE_EXPIRATIONS, catalog.CACHE_CLIENTS}
 OF_THE_EXPORTER |= {catalog.CACHE_CLIENTS_LIMIT, catalog.CACHE_SERVER_LOOKUPS, catalog.CACHE_SERVER_INFO}
+OF_THE_EXPORTER |= {catalog.CACHE_SAMPLED_KEYS, catalog.CACHE_SAMPLED_BYTES, catalog.CACHE_SAMPLED_IDLE}
 
 
 def test_every_row_has_somebody_who_writes_it() -> None:

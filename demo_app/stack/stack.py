@@ -151,7 +151,7 @@ class Stack:
         command = ["-m", "fastapi_headroom.cli", "sidecar", "--dir", environment["HEADROOM_DIRECTORY"]]
         command += ["--port", str(port), "--queue", f"celery+{broker}?queues=mail,reports"]
         for name, server in caches.items():
-            command += ["--cache", f"{server}?name={name}"]
+            command += ["--cache", f"{server}?name={name}&sample=20"]
         url = f"http://127.0.0.1:{port}"
         # Celery's main process has a slot beside its children.
         environment = {**environment, "HEADROOM_EXPECTED_WORKERS": str(WORKERS + 1 + JOB_WORKERS)}

@@ -181,6 +181,21 @@ COMPRESSIBLE_BYTES = _counter(
     "Bytes of text bodies over 1 kB sent without Content-Encoding to clients that accept one.",
     "bytes",
 )
+RESPONSE_CACHE_POLICIES = _counter(
+    "headroom_response_cache_policies_total",
+    "request",
+    (_ROUTE, "policy"),
+    "Answers of 2xx and 3xx to GET and HEAD that have a Cache-Control, by what it lets clients and proxies do: public, "
+    "private, revalidate, no_store or no_lifetime. Answers without one are not counted.",
+    "responses",
+)
+RESPONSE_MAX_AGE = _counter(
+    "headroom_response_max_age_seconds_total",
+    "request",
+    (_ROUTE,),
+    "Lifetimes that responses were sent with, added up; divided by those of policy public and private it is the mean.",
+    "seconds",
+)
 HTTP_CLIENT_DURATION = _histogram(
     "http_client_request_duration_seconds",
     "request",
@@ -454,6 +469,28 @@ CACHE_SERVER_INFO = _gauge(
     "cache",
     ("cache", "server", "version", "eviction_policy"),
     "1: what a cache server is, and what it does at its memory limit.",
+)
+CACHE_SAMPLED_KEYS = _counter(
+    "headroom_cache_sampled_keys_total",
+    "cache",
+    ("cache", "key_pattern", "expires"),
+    "Random keys of a cache server that the exporter looked at, by when they expire: never, within_minute, "
+    "within_hour, within_day or later.",
+    "entries",
+)
+CACHE_SAMPLED_BYTES = _counter(
+    "headroom_cache_sampled_bytes_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Memory of those keys and what they hold; a pattern's share of it is its share of the server's entries in bytes.",
+    "bytes",
+)
+CACHE_SAMPLED_IDLE = _counter(
+    "headroom_cache_sampled_idle_seconds_total",
+    "cache",
+    ("cache", "key_pattern"),
+    "Time since those keys were last used, added up. No series where the eviction policy counts uses instead (LFU).",
+    "seconds",
 )
 CACHE_OPERATION_DURATION = _histogram(
     "headroom_cache_operation_duration_seconds", "cache", ("cache", "operation"), "Time of cache operations.", W

@@ -35,6 +35,21 @@ INPUT = [
     counter(HTTP, 3, 'http_request_method="GET", http_route="/plans", http_response_status_code="304"'),
     counter(HTTP, 1, 'http_request_method="GET", http_route="/plans", http_response_status_code="200"'),
     counter(HTTP, 50, 'http_request_method="GET", http_route="/users", http_response_status_code="200"'),
+    counter("headroom_response_cache_policies_total", 2, 'http_route="/plans", policy="public"'),
+    counter("headroom_response_cache_policies_total", 1, 'http_route="/plans", policy="revalidate"'),
+    counter("headroom_response_max_age_seconds_total", 128, 'http_route="/plans"'),
+    *(
+        counter(
+            "headroom_cache_sampled_keys_total", 1, f'cache="redis", key_pattern="{it}:{{}}", expires="{end}"', sidecar
+        )
+        for it, end in (("a", "never"), ("b", "within_minute"))
+        for sidecar in "ab"
+    ),
+    *(
+        counter("headroom_cache_sampled_bytes_total", size, f'cache="redis", key_pattern="{it}:{{}}"', sidecar)
+        for it, size in (("a", 3), ("b", 1))
+        for sidecar in "ab"
+    ),
     *(gauge("headroom_cache_memory_bytes", 40, 'cache="redis"', it) for it in "ab"),
     *(gauge("headroom_cache_memory_limit_bytes", 100, 'cache="redis"', it) for it in "ab"),
     *(gauge("headroom_cache_entries", 7, 'cache="redis"', it) for it in "ab"),
@@ -70,6 +85,26 @@ def queries(title: str) -> list[str]:
         ("Hit ratio by level", ["{} 0.75", "{} 0.9", "{} 0.75"]),
         ("What passes each level", ["{} 1", "{} 10", "{} 2", None]),
         ("HTTP: routes that clients may cache", ['{http_route="/plans"} 4', '{http_route="/plans"} 0.75']),
+        (
+            "HTTP: what clients and proxies may keep",
+            [
+                '{http_route="/plans"} 4 | {http_route="/users"} 50',
+                '{http_route="/plans"} 0.5 | {http_route="/users"} 0',
+                '{http_route="/plans"} 0.25 | {http_route="/users"} 0',
+                '{http_route="/plans"} 0 | {http_route="/users"} 0',
+                '{http_route="/plans"} 64',
+            ],
+        ),
+        (
+            "What fills the server, by random keys in the time shown",
+            [
+                '{cache="redis", key_pattern="a:{}"} 0.75 | {cache="redis", key_pattern="b:{}"} 0.25',
+                '{cache="redis", key_pattern="a:{}"} 3600 | {cache="redis", key_pattern="b:{}"} 3600',
+                '{cache="redis", key_pattern="a:{}"} 1 | {cache="redis", key_pattern="b:{}"} 0',
+                '{cache="redis", key_pattern="a:{}"} 0 | {cache="redis", key_pattern="b:{}"} 1',
+                None,
+            ],
+        ),
         # two sidecars that poll one server do not multiply it
         ("Memory", ['{cache="redis"} 40']),
         ("Memory, of the limit", ['{cache="redis"} 0.4']),
@@ -95,8 +130,8 @@ def test_panels_tell_levels_apart_and_count_servers_once(
     for query, wanted in zip(queries(title), expected, strict=True):
         samples = []
         if wanted is not None:
-            labels, _, value = wanted.rpartition(" ")
-            samples = [{"labels": labels, "value": float(value)}]
+            rows = (row.rpartition(" ") for row in wanted.split(" | "))
+            samples = [{"labels": labels, "value": float(value)} for labels, _, value in rows]
         cases.append({"expr": query, "eval_time": "45m", "exp_samples": samples})
     test = {"interval": "30s", "input_series": INPUT, "promql_expr_test": cases}
     path = tmp_path / "board.test.yml"

@@ -12,12 +12,13 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.exporter.key_samples import MOST, KeySampler
 from fastapi_headroom.exporter.memcached_server import MemcachedPoller
 from fastapi_headroom.probes.queue_adapters import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.redis_link import PORT, Command, RedisLink
 from fastapi_headroom.probes.queue_adapters.url import QueueURL
 
-EXAMPLE: Final = "redis://host:6379/0?name=main"
+EXAMPLE: Final = "redis://host:6379/0?name=main&sample=20"
 SECTIONS: Final = ("server", "clients", "memory", "stats", "keyspace")
 _ASK: Final[list[Command]] = [("INFO", section) for section in SECTIONS]
 
@@ -29,10 +30,12 @@ class RedisServerPoller:
         """Prepare to poll. ``url.name`` is the cache's name on the boards."""
         self.name = url.name
         self._link = RedisLink(url, EXAMPLE)
+        keys = int(url.parameters.get("sample", "0"))
+        self._sampler = KeySampler(url.name, keys) if keys else None
 
     @classmethod
     def from_url(cls, url: str) -> RedisServerPoller:
-        """Return the poller for ``redis://[user:password@]host:port/db[?name=NAME]``, ``rediss://`` or ``unix://``."""
+        """Return the poller for ``redis://[user:password@]host:port/db[?name=NAME&sample=KEYS]``, ``rediss://`` or ``unix://``."""
         return cls(_parse(url))
 
     def poll(self) -> list[Sample]:
@@ -40,7 +43,8 @@ class RedisServerPoller:
         facts: dict[str, str] = {}
         for reply in self._link.get(_ASK):
             facts |= parse_info(reply)
-        return samples(self.name, facts)
+        rows = samples(self.name, facts)
+        return rows + self._sampler.rows(self._link.ask) if self._sampler else rows
 
     def close(self) -> None:
         """Close the connection."""
@@ -116,15 +120,20 @@ def _parse(url: str) -> QueueURL:
         raise SettingsError(f"cache server URL has no usable host and port; it looks like {EXAMPLE}") from None
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
     named = given.pop("name", "")
+    sample = given.pop("sample", "0")
+    if not (sample.isascii() and sample.isdigit() and len(sample) <= 3 and int(sample) <= MOST):
+        raise SettingsError(f"cache server URL asks for no number of keys from 0 to {MOST}; it looks like {EXAMPLE}")
     database = given.get("db", "0") if parts.scheme == "unix" else parts.path.strip("/") or "0"
     for name in given.keys() - ({"db"} if parts.scheme == "unix" else set()):
-        raise SettingsError(f"cache server URL has unknown parameter {name!r}; known is name, as in {EXAMPLE}")
+        raise SettingsError(
+            f"cache server URL has unknown parameter {name!r}; known are name and sample, as in {EXAMPLE}"
+        )
     if not database.isdigit():
         raise SettingsError(f"cache server URL names its database by no number; it looks like {EXAMPLE}")
     query = f"db={database}" if parts.scheme == "unix" else ""
     server = urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
     where = "unix" if parts.scheme == "unix" else host
-    return QueueURL(server, named or f"{where}/{database}", (), {})
+    return QueueURL(server, named or f"{where}/{database}", (), {"sample": sample})
 
 
 def _number(text: str) -> float | None:

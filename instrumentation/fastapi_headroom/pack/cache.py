@@ -143,6 +143,7 @@ def render() -> str:
             cache_rows.trouble(),
             cache_rows.keys(),
             cache_levels.servers(),
+            cache_levels.contents(),
             cache_levels.in_process(),
             cache_rows.details(),
         ),

@@ -13,17 +13,51 @@ from fastapi_headroom.pack.panels import Column, Query
 
 _ANSWERED = 'http_response_status_code=~"200|304"'
 _NOT_MODIFIED = 'http_response_status_code="304"'
+_KEEPABLE = 'http_response_status_code=~"[23].."'
+_READS = 'http_request_method=~"GET|HEAD"'
 _BY = ("cache",)
 
 
-def _http(status: str, *, routes: str = "") -> str:
-    return promql.by("sum", ("http_route",), promql.flow(catalog.REQUEST_DURATION, status, suffix="_count")) + routes
+def _http(*matchers: str) -> str:
+    return promql.by("sum", ("http_route",), promql.flow(catalog.REQUEST_DURATION, *matchers, suffix="_count"))
 
 
 def _cacheable(status: str) -> str:
     """Return requests per second by route of those routes that ever answered 304 in the time shown."""
     ever = promql.by("sum", ("http_route",), promql.total(catalog.REQUEST_DURATION, _NOT_MODIFIED, suffix="_count"))
     return f"({_http(status)} and on (http_route) {ever} > 0)"
+
+
+def _kept() -> Cell:
+    answered = f"({_http(_KEEPABLE, _READS)} > 0)"
+
+    def saying(matcher: str) -> str:
+        return promql.by("sum", ("http_route",), promql.flow(catalog.RESPONSE_CACHE_POLICIES, matcher))
+
+    used, asked, never = (
+        saying(f'policy=~"{policies}"') for policies in ("public|private", "revalidate|no_lifetime", "no_store")
+    )
+    lifetime = promql.by("sum", ("http_route",), promql.flow(catalog.RESPONSE_MAX_AGE))
+    return Cell(
+        panels.listing(
+            "HTTP: what clients and proxies may keep",
+            (
+                "Which busy route could be answered before it reaches us? A route with 0 % in all three says nothing "
+                "in Cache-Control: clients ask again each time, or guess. A fall of what is used unasked after a "
+                "deploy is traffic that clients had spared us; a long lifetime is how long they show what has changed."
+            ),
+            {"http_route": "Route"},
+            Column("Answers/s", answered, "reqps", 2, bar=True),
+            Column("Used unasked", promql.ratio(used, answered), "percentunit", 1),
+            Column("Ask each time", promql.ratio(asked, answered), "percentunit", 1),
+            Column("Never kept", promql.ratio(never, answered), "percentunit", 1),
+            Column("Mean lifetime", f"{lifetime} / ({used} > 0)", "s", 0),
+            sort="Answers/s",
+            widths={"Used unasked": 130, "Ask each time": 130, "Never kept": 130, "Mean lifetime": 130},
+        ),
+        24,
+        8,
+    )
 
 
 def levels() -> Row:
@@ -83,6 +117,7 @@ def levels() -> Row:
                 8,
                 9,
             ),
+            _kept(),
         ),
     )
 
@@ -157,6 +192,43 @@ def servers() -> Row:
                 decimals=0,
             ),
         ),
+    )
+
+
+def contents() -> Row:
+    """What cache servers hold, where the exporter looks at keys."""
+    return Row("What cache servers hold", (_sampled(),))
+
+
+def _sampled() -> Cell:
+    by = ("cache", "key_pattern")
+
+    def seen(metric: catalog.Metric, *matchers: str, labels: tuple[str, ...] = by) -> str:
+        return promql.by("sum", labels, promql.total(metric, CACHES, *matchers))
+
+    keys = f"({seen(catalog.CACHE_SAMPLED_KEYS)} > 0)"
+    size = seen(catalog.CACHE_SAMPLED_BYTES)
+    whole = seen(catalog.CACHE_SAMPLED_BYTES, labels=_BY)
+    never, soon = (seen(catalog.CACHE_SAMPLED_KEYS, f'expires="{it}"') for it in ("never", "within_minute"))
+    return Cell(
+        panels.listing(
+            "What fills the server, by random keys in the time shown",
+            (
+                "Which entries fill the memory, and will they ever go? A pattern with much of the memory that never "
+                "expires grows until the server evicts or refuses; one that ends within a minute as a whole comes "
+                "back as misses all at once. Shares are estimates: of 100 keys seen, within ten points."
+            ),
+            {"cache": "Cache", "key_pattern": "Keys"},
+            Column("Of the memory", f"{size} / on (cache) group_left () {whole}", "percentunit", 0, bar=True),
+            Column("Keys seen", keys, "short", 0),
+            Column("Never expire", promql.ratio(never, keys), "percentunit", 0),
+            Column("End within a minute", promql.ratio(soon, keys), "percentunit", 0),
+            Column("Mean idle", f"{seen(catalog.CACHE_SAMPLED_IDLE)} / {keys}", "s", 0),
+            sort="Of the memory",
+            widths={"Keys seen": 110, "Never expire": 130, "End within a minute": 170, "Mean idle": 110},
+        ),
+        24,
+        8,
     )
 
 

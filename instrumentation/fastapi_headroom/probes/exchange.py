@@ -275,6 +275,8 @@ class Exchange:
             series.outcome.inc()
         if self.disconnected:
             series.route.disconnect(1.0)
+        if series.policies is not None:
+            series.policies.note(self._headers())
         if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers()):
             series.route.compressible(sent)
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.ledger import ACCEPT_QUEUE, ON_LOOP, OTHER, STAGES, Ledger
+from fastapi_headroom.probes.cache_control import CachePolicies
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.request_place import Place, find_place
@@ -22,6 +23,8 @@ _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TR
 METHODS: Final = {method: method for method in _KNOWN}
 """Methods that are label values as they are; all others share ``_OTHER``."""
 _BODYLESS: Final = frozenset({"204", "304"})
+_KEPT_METHODS: Final = ("GET", "HEAD")
+_KEPT_STATUSES: Final = ("2", "3")
 MAX_ERROR_TYPES: Final = 50
 """Distinct values of ``error_type``; further ones share ``_OTHER``."""
 CLOSE_REASONS: Final = ("normal", "abnormal", "error", "rejected")
@@ -40,6 +43,7 @@ class RouteSeries:
     __slots__ = (
         "_route",
         "_writer",
+        "cache_policies",
         "compressible",
         "disconnect",
         "first_byte",
@@ -60,6 +64,7 @@ class RouteSeries:
         self.rows: Write | None = None
         self.disconnect: Write = writer.counter(catalog.REQUEST_DISCONNECTS, route).inc
         self.compressible: Write = writer.counter(catalog.COMPRESSIBLE_BYTES, route).inc
+        self.cache_policies = CachePolicies(writer, route)
         self.stages: list[Counter | None] = [None] * len(STAGES)
         """The counters of the stages in which the route has had time."""
         self.make_stage(ON_LOOP)
@@ -83,7 +88,7 @@ class RouteSeries:
 class ResponseSeries:
     """What is kept per method, route, status and error type, and the way to the route's series."""
 
-    __slots__ = ("_bodyless", "_handles", "_looked", "_place", "_requests", "_writer", "labels", "outcome",
+    __slots__ = ("_bodyless", "_handles", "_looked", "_place", "_requests", "_writer", "labels", "outcome", "policies",
                  "request_size", "response_size", "route")  # fmt: skip
 
     def __init__(self, writer: Writer, route: RouteSeries, labels: tuple[str, str, str, str], outcome: str) -> None:
@@ -95,6 +100,10 @@ class ResponseSeries:
         self.response_size: Histogram = writer.histogram(catalog.RESPONSE_BODY_SIZE, method, template)
         # Apps hand over a body here too, and servers drop it.
         self._bodyless = method == "HEAD" or status in _BODYLESS
+        self.policies: CachePolicies | None = None
+        """Set where a client or a proxy may keep the response."""
+        if method in _KEPT_METHODS and status[0] in _KEPT_STATUSES:
+            self.policies = route.cache_policies
         self.request_size: Write | None = None
         self._handles: tuple[Histogram, Histogram, Histogram, Histogram, Histogram, Histogram] | None = None
         self._place: Place | None = None
