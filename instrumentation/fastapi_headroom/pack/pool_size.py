@@ -80,8 +80,8 @@ def row() -> Row:
                     "All workers against the database",
                     (
                         "Does the database let in what all workers of all instances may open? Above the dashed line "
-                        "connects are refused at full load. Under autosize a pool may grow to its maximum, within the budget "
-                        "of its host. Other apps on the same server need their share as well."
+                        "connects are refused at full load. Under autosize a pool may grow to its maximum, within its "
+                        "host's budget. Other apps on the same server need their share as well."
                     ),
                     "short",
                     Query(promql.by("sum", _PER_POOL, promql.shown(catalog.POOL_MAX, _POOLS)), f"actual {_NAME}"),
