@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi_headroom import catalog
 from fastapi_headroom.pack import promql
 
@@ -23,3 +25,17 @@ def summed(metric: catalog.Metric, *matchers: str) -> str:
 def by_route(metric: catalog.Metric) -> str:
     """Return the routes with the highest rates of a counter."""
     return promql.top(promql.by("sum", ("http_route",), promql.flow(metric, POOLS)))
+
+
+def may_open(gauge: Callable[[catalog.Metric], str]) -> str:
+    """Return what each pool of an instance may open at worst, over all its workers; ``gauge`` gives a gauge's series.
+
+    That is the limit, and under autosize, which keeps the limit small while little is asked for, how far it may grow:
+    to the maximum of all workers, but no further than the budget that they share.
+    """
+    labels = ("job", "instance", POOL)
+    limit = promql.by("sum", labels, gauge(catalog.POOL_MAX))
+    maximum = promql.by("sum", labels, gauge(catalog.POOL_AUTOSIZE_MAXIMUM))
+    budget = promql.by("max", labels, gauge(catalog.POOL_AUTOSIZE_BUDGET))
+    reach = promql.block(f"{maximum} < {budget}\nor {budget}")
+    return promql.block(f"{reach} > {limit}\nor {limit}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi_headroom import catalog, thresholds
 from fastapi_headroom.pack import promql
-from fastapi_headroom.pack.pool_queries import POOL, STATE, UID
+from fastapi_headroom.pack.pool_queries import POOL, STATE, UID, may_open
 from fastapi_headroom.pack.rules import INSTANCE, Rule
 
 LABELS = ("job", "instance", POOL)
@@ -31,9 +31,7 @@ def _exhausted() -> str:
 def _held_idle() -> str:
     labels = (*LABELS, "http_route")
     idle = promql.by("sum", labels, promql.rate(catalog.POOL_IDLE_HOLD_BY_ROUTE, "5m"))
-    # Under autosize the limit is small while little is asked for: what counts is how far it may grow.
-    reach = promql.by("max", LABELS, promql.highest(catalog.POOL_AUTOSIZE_BUDGET, "5m"))
-    limit = promql.block(f"{reach}\nor {promql.by('sum', LABELS, promql.highest(catalog.POOL_MAX, '5m'))}")
+    limit = may_open(_highest)  # a pool that autosize keeps small is not held by a single connection
     share = promql.number(thresholds.POOL_IDLE_SHARE)
     return f"{idle}\n/ on ({', '.join(LABELS)}) group_left ()\n{limit}\n> {share}"
 
@@ -49,8 +47,12 @@ def _repeated() -> str:
 
 
 def _over_budget() -> str:
-    pools = promql.by("sum", ("job", POOL), promql.highest(catalog.POOL_MAX, "5m"))
-    return f"{pools}\n> {promql.by('max', ('job', POOL), promql.highest(catalog.DATABASE_CONNECTIONS_MAX, '5m'))}"
+    pools = promql.by("sum", ("job", POOL), may_open(_highest))
+    return f"{pools}\n> {promql.by('max', ('job', POOL), _highest(catalog.DATABASE_CONNECTIONS_MAX))}"
+
+
+def _highest(metric: catalog.Metric) -> str:
+    return promql.highest(metric, "5m")
 
 
 RULES = (

@@ -6,6 +6,7 @@ from fastapi_headroom import catalog, thresholds
 from fastapi_headroom.pack import panels, promql
 from fastapi_headroom.pack.board import Cell, Row
 from fastapi_headroom.pack.panels import Query
+from fastapi_headroom.pack.pool_queries import may_open
 
 (_POOL,) = catalog.POOL_MAX.labels
 _POOLS = f'{_POOL}=~"$pool"'
@@ -15,6 +16,10 @@ _NAME = f"{{{{{_POOL}}}}}"
 
 def _per_worker(metric: catalog.Metric) -> str:
     return promql.by("max", _PER_POOL, promql.shown(metric, _POOLS))
+
+
+def _shown(metric: catalog.Metric) -> str:
+    return promql.shown(metric, _POOLS)
 
 
 def _over_all(metric: catalog.Metric) -> str:
@@ -75,10 +80,12 @@ def row() -> Row:
                     "All workers against the database",
                     (
                         "Does the database let in what all workers of all instances may open? Above the dashed line "
-                        "connects are refused at full load. Other apps on the same server need their share as well."
+                        "connects are refused at full load. Under autosize a pool may grow to its maximum, within its "
+                        "host's budget. Other apps on the same server need their share as well."
                     ),
                     "short",
                     Query(promql.by("sum", _PER_POOL, promql.shown(catalog.POOL_MAX, _POOLS)), f"actual {_NAME}"),
+                    Query(promql.by("sum", _PER_POOL, may_open(_shown)), f"may open {_NAME}"),
                     Query(_over_all(catalog.POOL_RECOMMENDED), f"recommended {_NAME}"),
                     Query(promql.by("max", (), promql.shown(catalog.DATABASE_CONNECTIONS_MAX, _POOLS)), "budget"),
                     limits=("budget",),

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.cache_ages import LifeTime
-from fastapi_headroom.probes.cache_rules import of_broker
+from fastapi_headroom.probes.cache_rules import BROKER_KEYS, of_broker
 from fastapi_headroom.probes.key_learning import FullError, Learned
 from fastapi_headroom.probes.key_pattern import SEPARATORS, fold
 from fastapi_headroom.probes.names import OTHER
@@ -80,11 +80,16 @@ class Patterns:
 
     def look_up_new(self, key: Any) -> Results | None:
         """Do the same for a key that is not known."""
-        results = None if of_broker(key) else self.results(key)
-        if type(key) is str or type(key) is bytes:
-            if len(self.known) >= MAX_KEYS:
-                self.known.clear()
-            self.known[key] = results
+        if type(key) is str:  # spelled out for keys that are ever new
+            results = None if key.startswith(BROKER_KEYS) else self._patterns.get(fold(key)) or self.results(key)
+        else:
+            results = None if of_broker(key) else self.results(key)
+            if type(key) is not bytes:
+                return results
+        known = self.known
+        if len(known) >= MAX_KEYS:
+            known.clear()
+        known[key] = results
         return results
 
     def results(self, key: Any) -> Results:

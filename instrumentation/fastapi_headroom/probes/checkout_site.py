@@ -11,7 +11,6 @@ import sys
 from asyncio import Task, current_task
 from collections.abc import Iterable
 from sys import _getframe
-from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any, Final
 from weakref import ref
@@ -54,13 +53,30 @@ def checkout_site(greenlet: Any, state: Any) -> Site:
     time, 0 if that is unknown.
     """
     frame: FrameType | None = None
+    found: Site = ()
+    owners = _owners
     if greenlet is not None:
         parent = greenlet.parent
         frame = None if parent is None else parent.gr_frame
+    elif state.depth:  # nearly always the user's code begins where it began the last time: that is looked at first
+        try:
+            inner = _getframe(state.depth - 2)  # one below: the depth is that of _begin, which is called from here
+        except ValueError:  # the stack is not that deep
+            inner = None
+        if inner is not None and owners[inner.f_code.co_filename] != "user":
+            begin = inner.f_back
+            if begin is not None:
+                code = begin.f_code
+                if owners[code.co_filename] == "user":
+                    frame = begin.f_back
+                    found = ((code, begin.f_lasti),)
+                    if frame is None:
+                        return found
+                    code = frame.f_code
+                    if owners[code.co_filename] == "user":
+                        return (*found, (code, frame.f_lasti))
     if frame is None:
         frame = _begin(state)
-    found: Site = ()
-    owners = _owners
     for _ in range(FRAMES):
         code = frame.f_code
         owner = owners[code.co_filename]
@@ -110,10 +126,8 @@ def _begin(state: Any) -> FrameType:
     return first
 
 
-def holder_of(is_asyncio: bool) -> Holder:
-    """Return who runs: the task, or the thread."""
-    if not is_asyncio:
-        return get_ident()
+def task_here() -> Holder:
+    """Return the task that runs, None outside of one."""
     task = current_task()
     return None if task is None else ref(task)
 

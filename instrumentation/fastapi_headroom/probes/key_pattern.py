@@ -51,18 +51,23 @@ def fold(key: object) -> str:
     Examples: ``product:5`` is ``product:{}``; ``get_product:():{'product_id': 5}`` is ``get_product:{}``;
     ``session_0b7e...`` is ``session_{}``; a key of digits alone is ``{}``.
     """
-    if isinstance(key, bytes):
-        key = key.decode("utf-8", "replace")
-    elif not isinstance(key, str):
-        key = bytes(key).decode("utf-8", "replace") if isinstance(key, bytearray | memoryview) else str(key)
-    text = key[:MAX_KEY]
-    parts = text.split(":", MAX_PARTS)
-    for index, part in enumerate(parts):
-        if part not in _words:
-            if part.isdigit():
-                parts[index] = PLACE
-            else:
+    if type(key) is str:
+        text = key
+    elif isinstance(key, str):
+        text = key[:]  # what it holds: a subclass may say something else of itself
+    elif isinstance(key, bytes | bytearray | memoryview):
+        text = bytes(key).decode("utf-8", "replace")
+    else:
+        text = str(key)
+    if len(text) > MAX_KEY:
+        text = text[:MAX_KEY]
+    parts, words, index = text.split(":", MAX_PARTS), _words, 0
+    for part in parts:
+        if part not in words:
+            if not part.isdigit():
                 return _fold_slowly(text)
+            parts[index] = PLACE
+        index += 1  # noqa: SIM113 - on the path of every new key, and cheaper than enumerate
     if len(parts) > MAX_PARTS:
         parts[MAX_PARTS] = PLACE
     return ":".join(parts)

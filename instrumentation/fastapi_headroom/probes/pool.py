@@ -198,7 +198,9 @@ class PoolProbe:
             waited = perf_counter() - started
             if state.queue is not None:
                 state.queue.wait.observe(waited)
-            state.series.route(request).wait.inc(waited)
+            series = state.series
+            route = series.routes.get(OUTSIDE if request is None else request.route) or series.route(request)
+            route.wait.inc(waited)
             if spans.active and waited >= TRACED_WAIT:
                 now = time.time_ns()
                 attributes = {"db.client.connection.pool.name": state.series.name}

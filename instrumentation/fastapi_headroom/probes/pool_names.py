@@ -40,7 +40,8 @@ def _from_url(url: URL) -> str:
     database = url.database or ""
     if backend == "sqlite":
         # the file's name alone: its path may hold a user's name
-        file = re.split(r"[\\/]", database.partition("?")[0])[-1]
+        path = database.partition("?")[0] if database.startswith("file:") else database  # else "?" is part of a name
+        file = re.split(r"[\\/]", path)[-1]
         return f"sqlite:{file or 'memory'}"[:_LENGTH]
     host = url.host or _host_of_query(url)
     port = f":{url.port}" if url.port else ""

@@ -190,26 +190,18 @@ class PoolState:
 
 
 class Hold:
-    """One connection that is checked out."""
+    """One connection that is checked out. Whoever makes one sets all of it, which is cheaper than an ``__init__``."""
 
     __slots__ = ("busy", "counted", "holder", "info", "ledger", "site", "started", "state")
 
-    def __init__(
-        self,
-        state: PoolState,
-        info: dict[Any, Any],
-        ledger: Ledger | None,
-        started: float,
-        site: Site = (),
-        holder: Holder = None,
-    ) -> None:
-        self.state = state
-        self.info = info
-        self.ledger = ledger
-        self.started = started
-        self.site = site
-        self.holder = holder
-        self.busy = 0.0
-        """Seconds that statements ran on it."""
-        self.counted = False
-        """Whether it was counted as a long one."""
+    state: PoolState
+    info: dict[Any, Any]
+    """The ``record_info`` that it is kept in."""
+    ledger: Ledger | None
+    started: float
+    site: Site
+    holder: Holder
+    busy: float
+    """Seconds that statements ran on it."""
+    counted: bool
+    """Whether it was counted as a long one."""
