@@ -24,7 +24,7 @@ def test_five_minutes_of_kills_stay_within_the_budget(tmp_path: Path, postgres: 
 
 
 async def test_ten_thousand_cancellations_under_autosize_leave_no_drift(tmp_path: Path, postgres: Postgres) -> None:
-    """Of an autosized pool 10,000 checkouts are cancelled at random; used + idle is what the server has, all along."""
+    """Of an autosized pool 10,000 checkouts are cancelled at random; at rest, used + idle is what the server has."""
     cancelled = await cancel_at_random(tmp_path, postgres, cancellations=10_000, seed=5)
     assert cancelled.held > 1_000, "while they held a connection"
     assert cancelled.waiting > 1_000, "while they waited for one"
