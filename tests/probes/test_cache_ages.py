@@ -260,6 +260,24 @@ def test_the_public_calls(probe: CacheProbe, writer: Writer) -> None:
     assert not [1 for (name, labels) in writer.samples() if name.startswith(BYTES) and ("cache", "plans") in labels]
 
 
+def test_a_stale_entry_of_redis_counts_once(probe: CacheProbe, writer: Writer, client: Any) -> None:
+    """A read that the app calls stale is stale and no hit beside it: look-ups add up to the reads that were made."""
+    client.set("org:1:plan", "x")
+    for _ in range(5):
+        client.get("org:1:plan")
+    for _ in range(2):
+        headroom.cache_result("main", hit=True, key_pattern="org:{}:plan", stale=True)
+    for _ in range(5):
+        client.get("org:1:plan")
+    client.get("org:2:plan")
+    headroom.cache_result("main", hit=False, key_pattern="org:{}:plan", stale=True)
+    client.get("org:3:plan")
+    client.get("org:4:plan")
+    assert results(writer) == {
+        ("org:{}:plan", "hit"): 8, ("org:{}:plan", "miss"): 2, ("org:{}:plan", "stale"): 3,
+    }  # fmt: skip
+
+
 def test_the_public_calls_never_raise(probe: CacheProbe, writer: Writer) -> None:
     """What makes no sense is swallowed and counted as an error of the probe; the app goes on."""
     headroom.cache_result("plans", hit=True, key_pattern="p", age="old")  # type: ignore[arg-type]

@@ -245,10 +245,12 @@ class CacheProbe:
         try:
             if self.writer is not None:
                 series = self._series_named(cache)
-                results = series.patterns.given(pattern)
-                if stale:
-                    results.other("stale").inc()
+                if stale and series.is_connected:
+                    series.patterns.results(pattern).was_stale("hit" if hit else "miss")
+                elif stale:
+                    series.patterns.given(pattern).other("stale").inc()
                 else:
+                    results = series.patterns.given(pattern)
                     (results.hit if hit else results.miss).inc()
                 if age is not None and 0.0 <= age < float("inf"):
                     series.serve(age)
@@ -303,7 +305,9 @@ def cache_result(name: str, hit: bool, key_pattern: str = "", *, stale: bool = F
 
     ``name`` is the cache's name, ``key_pattern`` says what was looked up (``org:{}:plan``); a raw key given by
     mistake is folded to its pattern. ``stale=True`` says that the entry was served although it was out of date (as
-    while it is renewed, or when its source is down): it counts as ``stale``, whatever ``hit`` says. ``age`` is the
+    while it is renewed, or when its source is down): it counts as ``stale``, whatever ``hit`` says. With the name of a
+    Redis client it speaks of a look-up that the probe has counted, as a hit or, with ``hit=False``, a miss: the next
+    one of that pattern and kind is then left out, so that none counts twice. ``age`` is the
     time in seconds since the entry that was served was made. Does nothing while nothing is measured.
     """
     if _bound is not None:

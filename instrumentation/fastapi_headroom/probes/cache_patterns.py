@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import threading
+from typing import Any, Final, Literal
 
 from fastapi_headroom import catalog
 from fastapi_headroom.probes.cache_ages import LifeTime
@@ -22,10 +23,33 @@ NEW: Final[Any] = object()
 """Stands for the results of a key that is not known."""
 
 
+class Owed:
+    """Stands for a counter that said too much: lets go by what it is owed, then puts the counter back.
+
+    So the path of a look-up costs nothing more, and a counter never falls.
+    """
+
+    __slots__ = ("_counter", "_kind", "_results", "number")
+
+    def __init__(self, results: Results, kind: Literal["hit", "miss"], counter: Counter) -> None:
+        self._results, self._kind, self._counter = results, kind, counter
+        self.number = 0.0
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Count what goes beyond what is owed."""
+        with self._results.owing:
+            paid = min(amount, self.number)
+            self.number -= paid
+            if not self.number:
+                setattr(self._results, self._kind, self._counter)
+        if amount > paid:
+            self._counter.inc(amount - paid)
+
+
 class Results:
     """The look-ups of one cache and key pattern."""
 
-    __slots__ = ("_cache", "_duplicates", "_pattern", "_writer", "hit", "lifetime", "miss")
+    __slots__ = ("_cache", "_duplicates", "_pattern", "_writer", "hit", "lifetime", "miss", "owing")
 
     def __init__(self, writer: Writer, cache: str, pattern: str) -> None:
         self._writer = writer
@@ -33,13 +57,24 @@ class Results:
         self._pattern = pattern
         self._duplicates: Counter | None = None
         self.lifetime = LifeTime()
+        self.owing = threading.Lock()  # one each: they are made anew after a fork, which may leave a lock held
         # both from the start: the first sample of a new series gives no increase, and a ratio needs the two
-        self.hit: Counter = self.other("hit")
-        self.miss: Counter = self.other("miss")
+        self.hit: Counter | Owed = self.other("hit")
+        self.miss: Counter | Owed = self.other("miss")
 
     def other(self, result: str) -> Counter:
         """Return the counter of a result, made at the first one."""
         return self._writer.counter(catalog.CACHE_REQUESTS, self._cache, self._pattern, result)
+
+    def was_stale(self, kind: Literal["hit", "miss"]) -> None:
+        """Count a look-up as stale that was counted as a hit or a miss already: the next one of that kind is not."""
+        self.other("stale").inc()
+        with self.owing:
+            counter = getattr(self, kind)
+            if not isinstance(counter, Owed):
+                counter = Owed(self, kind, counter)
+                setattr(self, kind, counter)
+            counter.number += 1.0
 
     def duplicates(self) -> Counter:
         """Return the counter of misses while the key was being filled; it is there from the first miss on."""

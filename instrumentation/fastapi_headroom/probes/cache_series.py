@@ -48,6 +48,11 @@ class CacheSeries:
             self._timeouts = self.writer.counter(catalog.CACHE_TIMEOUTS, self.name)
         return self
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether commands are sent to this cache: its look-ups count by themselves."""
+        return self._timeouts is not None
+
     def keep_local(self) -> None:
         """Make the series of the cache that the client keeps in front of this one; ages and fills are the same."""
         local = self.local = CacheSeries(self.writer, f"{self.name}:local")

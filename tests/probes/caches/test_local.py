@@ -145,6 +145,45 @@ def test_what_was_counted_before_the_first_look_counts(
     assert counts(writer, "shop_late.late") == (1, 1)
 
 
+def test_a_function_without_arguments_is_no_cache_unless_named(
+    probe: LocalCachesProbe, writer: Writer, imported: Callable[[str, str], ModuleType]
+) -> None:
+    """What holds one object for good, such as the settings, stays off the board until the app names it."""
+    shop = imported(
+        "shop_settings",
+        """
+import functools
+
+@functools.lru_cache
+def settings():
+    return object()
+
+@functools.cache
+def price(number=1):
+    return number
+
+class Shop:
+    @staticmethod
+    @functools.cache
+    def limits():
+        return object()
+
+    @functools.cache
+    def of(self):
+        return self
+""",
+    )
+    probe.sample()
+    assert {name for name in names(writer) if name.startswith("shop_settings")} == {
+        "shop_settings.price",
+        "shop_settings.Shop.of",
+    }
+    assert probe.name_caches({"settings": shop.settings}) == {}
+    shop.settings(), shop.settings(), shop.settings()
+    probe.sample()
+    assert counts(writer, "settings") == (2, 1)
+
+
 def test_an_emptied_cache_goes_on_counting(probe: LocalCachesProbe, writer: Writer) -> None:
     """cache_clear() sets lru_cache's own counts to 0; ours never fall."""
 

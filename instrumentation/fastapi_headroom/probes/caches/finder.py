@@ -1,11 +1,14 @@
 """Finds the caches of the app's own modules: in their globals, and in the classes that they define.
 
-Each module is looked at once, when it has been imported. Libraries' caches are not the app's and stay out.
+Each module is looked at once, when it has been imported. Libraries' caches are not the app's and stay out, and so do
+functions of ``functools.lru_cache`` that take no argument: they hold one object for good, such as the settings, and
+each call is a hit. ``init(app, caches={"name": function})`` measures one of them all the same.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
@@ -75,13 +78,13 @@ def _caches_of(name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
             if value.__module__ == name:
                 for attribute, member in list(vars(value).items()):
                     cached = _unwrapped(member)
-                    if cached is not None:
+                    if cached is not None and not _holds_one(cached):
                         yield f"{name}.{value.__qualname__}.{attribute}", cached
         elif is_cache(value):
             yield f"{name}.{variable}", value
         else:
             cached = _unwrapped(value)
-            if cached is not None and not _imported(cached, name):
+            if cached is not None and not _imported(cached, name) and not _holds_one(cached):
                 yield f"{name}.{variable}", cached
 
 
@@ -96,6 +99,16 @@ def _unwrapped(value: Any) -> Any:
         if value is None:
             break
     return None
+
+
+def _holds_one(cached: Any) -> bool:
+    """Return whether a function of ``functools.lru_cache`` takes no argument: a singleton, and no cache."""
+    if type(cached) is not LruCache:
+        return False
+    try:
+        return not inspect.signature(cached.__wrapped__).parameters
+    except (TypeError, ValueError):  # written in C, and without a signature
+        return False
 
 
 def _imported(cached: Any, module: str) -> bool:
