@@ -153,7 +153,7 @@ def test_quiet_loop_is_left_asleep(run: Run) -> None:
         async with measured() as (writer, probe):
             heartbeat = probe._heartbeat
             assert heartbeat is not None
-            rested = 0
+            rested, disturbed = 0, 0.0
             for _ in range(10):  # whatever takes 100 ms of a machine ends a rest
                 beats = heartbeat.beats
                 before, began = writer.value(f"{DELAY}_count", worker="0"), time.monotonic()
@@ -163,6 +163,9 @@ def test_quiet_loop_is_left_asleep(run: Run) -> None:
                 rested += heartbeat.beats - beats <= 4
                 if rested == 2:
                     break
+                disturbed = max(disturbed, await late_timers())
+            if rested < 2 and disturbed > 0.05:
+                pytest.skip(f"{disturbed:.0%} of this machine's timers fire late while nothing runs")
             assert rested == 2
 
     run(main())

@@ -114,7 +114,7 @@ class Watchdog(threading.Thread):
                 if not self.pulse.resting:
                     self._look(now, waited)
                 elif self._rest.goes_on(now):
-                    self._now_and_then(now)
+                    self._well(now)
                 else:
                     now = time.monotonic()
                     self._look(now, waited, suspect=self._rest.held)
@@ -234,10 +234,11 @@ class Watchdog(threading.Thread):
                 held.reported = True
                 self._reporter.lasts(self._judge.block(held, held.at_last, self._lack))
             return
-        self._settle()
-        self._now_and_then(now)
+        self._well(now)
 
-    def _now_and_then(self, now: float) -> None:
+    def _well(self, now: float) -> None:
+        """The loop is free: forget what was, and now and then see to the rest."""
+        self._settle()
         if now >= self._threads_due:
             self._threads_due = now + THREADS_INTERVAL
             self._judge.look_at_threads()
