@@ -33,7 +33,7 @@ TIMEOUT: Final = 5.0
 LOOKS: Final = 64
 """Partitions of a group whose next message is fetched in one poll; of a group with more that are behind there is no
 age."""
-LOOK_SECONDS: Final = 1.0
+LOOK_SECONDS: Final = 3.0
 """Seconds that one poll may spend on such messages."""
 _BYTES: Final = "1024"
 """Bytes to fetch per partition; Kafka sends a larger message all the same."""
