@@ -43,6 +43,13 @@ def subject(redis_server: Redis, tmp_path: Path) -> Arq:
     return made
 
 
+async def ran(writer: Writer) -> None:
+    """Wait until a run has ended: a worker that is closed before, while it writes a result, raises CancelledError."""
+    async with asyncio.timeout(30):
+        while not any(name == f"{RUNS}_count" and value for (name, _), value in writer.samples().items()):
+            await asyncio.sleep(0.01)
+
+
 def test_a_worker_measures_waits_runs_failures_retries_and_time_outs(subject: Arq) -> None:
     """Each outcome of a run has its error type; what comes again is a retry; what arq gives up is a failed run."""
 
@@ -139,8 +146,7 @@ async def test_cron_jobs_are_jobs(subject: Arq, measured: Writer) -> None:
     worker = Worker(cron_jobs=[cron(nightly, name="nightly", run_at_startup=True)], queue_name="mail", poll_delay=0.02,
                     redis_settings=RedisSettings.from_dsn(subject.server.url), handle_signals=False)  # type: ignore[attr-defined] # fmt: skip
     running = asyncio.create_task(worker.async_run())
-    while not worker.jobs_complete:
-        await asyncio.sleep(0.01)
+    await ran(measured)
     running.cancel()
     await worker.close()
     assert measured.value(f"{RUNS}_count", **MAIL, headroom_task="nightly", error_type="") == 1.0
@@ -244,6 +250,7 @@ async def test_a_queue_that_is_polled_is_no_look_up_of_a_cache(subject: Arq, mea
             await job.result(poll_delay=0.01)
             await job.status()
             await client.get("mail:1")
+        await ran(measured)
         assert cache_counts.results(writer, cache) == {("plan:{}", "miss"): 1.0, ("mail:{}", "miss"): 1.0}
         assert writer.value("headroom_probe_up", probe="cache") == 1.0
     finally:
