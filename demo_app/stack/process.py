@@ -72,6 +72,26 @@ def _die_with_parent(number: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def _lives(group: int) -> bool:
+    """Return whether a process of the group has not ended; one that ended and that nobody reaped has."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    if sys.platform != "linux":
+        return True
+    return any(_is_at_work(folder, group) for folder in Path("/proc").glob("[0-9]*"))
+
+
+def _is_at_work(folder: Path, group: int) -> bool:
+    try:
+        state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        # The first thread may be done before the others, which hold the process' files as well.
+        return int(its_group) == group and (state not in "ZX" or len(list((folder / "task").iterdir())) > 1)
+    except OSError:  # ended meanwhile
+        return False
+
+
 class Process:
     """A child process with a log file. ``stop_signal`` ends it in order; SIGKILL follows after ``grace`` seconds."""
 
@@ -146,7 +166,10 @@ class Process:
         Process.stop(self)
 
     def stop(self) -> None:
-        """End the process and its whole group. Idempotent."""
+        """End the process and its whole group, and wait until none of it holds a connection. Idempotent.
+
+        A grandchild that was told to die and has not yet is still served: Redis gives it the next job of its queue.
+        """
         child, self.child = self.child, None
         if child is None:
             return
@@ -161,6 +184,7 @@ class Process:
         except (ProcessLookupError, PermissionError):
             pass
         child.wait()
+        wait_until(lambda: not _lives(child.pid), 30, f"the end of all processes of {self.name}")
 
     def __enter__(self) -> Self:
         self.start()

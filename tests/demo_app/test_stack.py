@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -144,6 +145,32 @@ def test_a_killed_demo_leaves_nothing(start: Callable[[], Demo]) -> None:
     demo.runner.kill()
     demo.runner.wait()
     wait_until(lambda: not demo.left(), 20, "no process left")
+
+
+CLINGING = """
+import os, socket, sys, time
+if os.fork() == 0:
+    connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    memory = bytearray(100_000_000)  # to give it back takes time, before files are closed
+    memory[::4096] = b"x" * len(memory[::4096])
+    connection.sendall(b"x")
+time.sleep(600)
+"""
+
+
+def test_a_stopped_process_leaves_no_connection_of_its_children(tmp_path: Path) -> None:
+    """When ``stop`` returns, the connections of all processes of the group are closed: no broker gives them a job."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [sys.executable, "-c", CLINGING, str(server.getsockname()[1])]
+        for attempt in range(3):
+            parent = Process("parent", command, log=tmp_path / f"{attempt}.log", grace=0.05)
+            parent.start()
+            connection, _ = server.accept()
+            with connection:
+                assert connection.recv(1) == b"x"
+                parent.stop()
+                connection.setblocking(False)
+                assert connection.recv(1) == b""
 
 
 def test_a_second_demo_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import redis
 import redis.asyncio
 from redis.cache import CacheConfig
 from redis.connection import CacheProxyConnection
+from taskiq_redis import RedisAsyncClusterResultBackend, RedisAsyncSentinelResultBackend
 
 from demo_app.stack.servers import Redis
 from fastapi_headroom import ledger
@@ -125,6 +126,22 @@ async def test_sentinel(probe: CacheProbe, writer: Writer, sentinel: Sentinel) -
         connected.close()
     for link in later.sentinels:
         await link.aclose()
+
+
+async def test_taskiq_results(
+    probe: CacheProbe, writer: Writer, measured: Writer, cluster: Cluster, sentinel: Sentinel
+) -> None:
+    """Results of TaskIQ that lie in a cluster, or behind a sentinel, are timed and are no look-ups of a cache."""
+    clustered = RedisAsyncClusterResultBackend[str](f"redis://127.0.0.1:{cluster.port}")
+    found = RedisAsyncSentinelResultBackend[str]([("127.0.0.1", sentinel.port)], "shop")
+    for results_of in (clustered, found):
+        assert not await results_of.is_result_ready("0a1b")
+        assert await results_of.get_progress("0a1b") is None
+        await results_of.shutdown()
+    name = f"cluster@127.0.0.1:{cluster.port}"
+    assert operations(writer, name) == {"pipeline": 1.0, "get": 1.0}  # redis-py sends EXISTS to a cluster as one
+    assert operations(writer, "shop/0") == {"exists": 1.0, "get": 1.0}
+    assert results(writer, name) == results(writer, "shop/0") == {}
 
 
 @pytest.fixture

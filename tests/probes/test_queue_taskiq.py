@@ -11,33 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from taskiq import AsyncBroker, InMemoryBroker
+from redis.asyncio import Redis
+from taskiq import AsyncBroker, InMemoryBroker, TaskiqResult
 from taskiq.api import run_receiver_task
 from taskiq.context import Context
 from taskiq.exceptions import SendTaskError
 from taskiq.kicker import AsyncKicker
 from taskiq.message import TaskiqMessage
 from taskiq.receiver import Receiver
-from taskiq_redis import ListQueueBroker
+from taskiq_redis import ListQueueBroker, RedisAsyncResultBackend
+from taskiq_redis.exceptions import ResultIsMissingError
 
 import fastapi_headroom as headroom
-from demo_app.stack.servers import Redis
+from demo_app.stack.servers import Redis as RedisServer
 from fastapi_headroom import ledger
+from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.queue_adapters import poller_for
 from fastapi_headroom.probes.queue_adapters.taskiq import ready_since
 from fastapi_headroom.probes.queue_adapters.taskiq_hooks import TRACE
 from fastapi_headroom.probes.queue_adapters.times import READY_AT
+from fastapi_headroom.probes.redis_hooks import address_of
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
-from tests.support import taskiq_app
+from tests.support import cache_counts, taskiq_app
 from tests.support.queue_series import MAIL, PUBLISHED, PUBLISHING, RETRIES, RUNS, WAITS, count
 from tests.support.taskiq_subjects import TaskiqList
 from tests.support.traced import traced
 
 
 @pytest.fixture
-def subject(redis_server: Redis, tmp_path: Path) -> TaskiqList:
+def subject(redis_server: RedisServer, tmp_path: Path) -> TaskiqList:
     """An empty queue."""
     made = TaskiqList(redis_server, tmp_path)
     made.start()
@@ -154,11 +158,42 @@ async def test_a_request_and_the_runs_of_its_task_are_one_trace(subject: TaskiqL
     assert TRACE not in json.loads(subject.client.lindex("mail", 0))["labels"]
 
 
+async def test_results_that_are_polled_for_are_no_look_ups_of_a_cache(subject: TaskiqList, measured: Writer) -> None:
+    """Polling for a result, and fetching it, is timed and judges nothing; the app's own client of the same server
+    counts as before."""
+    url = subject.server.url  # type: ignore[attr-defined]
+    writer, probe = Writer.in_memory(), CacheProbe(load({}))
+    results = RedisAsyncResultBackend[str](url, keep_results=False)
+    async with Redis.from_url(url) as client:
+        probe.bind(writer)
+        try:
+            for _ in range(5):
+                assert not await results.is_result_ready("0a1b")
+            with pytest.raises(ResultIsMissingError):
+                await results.get_result("0a1b")
+            assert await results.get_progress("0a1b") is None
+            done = TaskiqResult(is_err=False, return_value="sent", execution_time=0.1)
+            await results.set_result("0a1b", done)
+            assert await results.is_result_ready("0a1b")
+            assert (await results.get_result("0a1b")).return_value == "sent"
+            cache = address_of(client)
+            assert cache_counts.results(writer, cache) == {}
+            assert cache_counts.operations(writer, cache) == {"exists": 6.0, "getdel": 2.0, "get": 1.0, "set": 1.0}
+            await client.get("plan:1")
+            await client.exists("0a1b")
+            assert cache_counts.results(writer, cache) == {("plan:{}", "miss"): 1.0, ("{}", "miss"): 1.0}
+            assert writer.value("headroom_probe_up", probe="cache") == 1.0
+        finally:
+            probe.close()
+            await results.shutdown()
+
+
 def test_close_puts_all_back() -> None:
     """The probe attaches once and leaves nothing behind."""
 
     def patched() -> tuple[Any, ...]:
-        return AsyncKicker.kiq, AsyncKicker._prepare_message, Context.requeue, Receiver.run_task
+        return (AsyncKicker.kiq, AsyncKicker._prepare_message, Context.requeue, Receiver.run_task,
+                RedisAsyncResultBackend.is_result_ready, RedisAsyncResultBackend.get_result)  # fmt: skip
 
     before = patched()
     probe = QueueProbe(load({}))
@@ -204,7 +239,7 @@ def test_a_message_tells_its_age(size: int) -> None:
 
 
 def test_a_group_comes_from_the_url_and_the_default_queue_needs_no_name(
-    redis_server: Redis, subject: TaskiqList
+    redis_server: RedisServer, subject: TaskiqList
 ) -> None:
     """A stream is read for its consumer group of that name; without ``queues=`` TaskIQ's default queue is polled."""
     client = subject.client

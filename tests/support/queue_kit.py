@@ -161,7 +161,7 @@ def kill(process: Process) -> None:
     """End a worker and all of its group as ``kill -9`` does, and wait until it is gone."""
     assert process.child is not None
     os.killpg(process.child.pid, signal.SIGKILL)
-    process.child.wait(10)
+    process.stop()
 
 
 def sleep_until(moment: float) -> None:

@@ -18,6 +18,7 @@ from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.cache_books import SERIES_KEY, Books, before
 from fastapi_headroom.probes.cache_commands import COMMANDS, PIPELINE, TELLS_LEFT, Command, command_of
 from fastapi_headroom.probes.cache_series import CacheSeries
 from fastapi_headroom.probes.names import OTHER
@@ -34,8 +35,6 @@ from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
 
 MAX_CACHES: Final = 20
-SERIES_KEY: Final = "_fastapi_headroom"
-"""The attribute of a client's connection pool (or cluster) that carries its CacheSeries."""
 Queued = list[tuple[Command, Sequence[Any]] | None]
 """The commands of a pipeline with their arguments; None for one that is left alone."""
 _bound: CacheProbe | None = None
@@ -277,13 +276,14 @@ class CacheProbe:
         hidden = HiddenError(f"{type(failure).__name__}; what it says is left out, it may hold a key")
         self.guard.failed(hidden.with_traceback(failure.__traceback__))
 
-    def _series_of(self, client: Any) -> CacheSeries:
+    def _series_of(self, client: Any) -> CacheSeries | Books:
         owner = client.__dict__.get("connection_pool") or owner_of(client)
-        series: CacheSeries | None = owner.__dict__.get(SERIES_KEY)
+        series: CacheSeries | Books | None = owner.__dict__.get(SERIES_KEY)
         if series is None or series.writer is not self.writer:
-            series = self._series_named(self._names.get(owner) or address_of(client)).connected()
-            if series.local is None and keeps_local_cache(owner):
-                series.keep_local()
+            cache = self._series_named(self._names.get(owner) or address_of(client)).connected()
+            if cache.local is None and keeps_local_cache(owner):
+                cache.keep_local()
+            series = before(cache, owner)
             setattr(owner, SERIES_KEY, series)
             self._owners.add(owner)
         return series

@@ -40,6 +40,7 @@ _LIBRARIES: Final = (
     (("rq", "Worker", "SimpleWorker"), "rq_hooks", "RQHooks"),
     (("arq", "Worker", "run_worker"), "arq_hooks", "ArqHooks"),
     (("taskiq.receiver", "Receiver"), "taskiq_hooks", "TaskiqHooks"),
+    (("taskiq_redis", "RedisAsyncResultBackend"), "taskiq_results", "TaskiqResults"),
     (("dramatiq", "Worker"), "dramatiq_hooks", "DramatiqHooks"),
 )
 

@@ -20,12 +20,15 @@ from arq.jobs import Job
 from demo_app.stack.process import wait_until
 from demo_app.stack.servers import Redis
 from fastapi_headroom import ledger
+from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.queue import QueueProbe
 from fastapi_headroom.probes.queue_adapters import poller_for
 from fastapi_headroom.probes.queue_adapters.arq_hooks import FIELD
+from fastapi_headroom.probes.redis_hooks import address_of
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
+from tests.support import cache_counts
 from tests.support.arq_subject import Arq
 from tests.support.queue_kit import total
 from tests.support.queue_series import MAIL, PUBLISHED, PUBLISHING, RETRIES, RUNS, WAITS
@@ -38,6 +41,13 @@ def subject(redis_server: Redis, tmp_path: Path) -> Arq:
     made = Arq(redis_server, tmp_path)
     made.start()
     return made
+
+
+async def ran(writer: Writer) -> None:
+    """Wait until a run has ended: a worker that is closed before, while it writes a result, raises CancelledError."""
+    async with asyncio.timeout(30):
+        while not any(name == f"{RUNS}_count" and value for (name, _), value in writer.samples().items()):
+            await asyncio.sleep(0.01)
 
 
 def test_a_worker_measures_waits_runs_failures_retries_and_time_outs(subject: Arq) -> None:
@@ -136,8 +146,7 @@ async def test_cron_jobs_are_jobs(subject: Arq, measured: Writer) -> None:
     worker = Worker(cron_jobs=[cron(nightly, name="nightly", run_at_startup=True)], queue_name="mail", poll_delay=0.02,
                     redis_settings=RedisSettings.from_dsn(subject.server.url), handle_signals=False)  # type: ignore[attr-defined] # fmt: skip
     running = asyncio.create_task(worker.async_run())
-    while not worker.jobs_complete:
-        await asyncio.sleep(0.01)
+    await ran(measured)
     running.cancel()
     await worker.close()
     assert measured.value(f"{RUNS}_count", **MAIL, headroom_task="nightly", error_type="") == 1.0
@@ -217,12 +226,45 @@ async def test_a_request_and_the_runs_of_its_job_are_one_trace(subject: Arq, mea
     assert run.attributes["headroom.task"] == "look"
 
 
+async def test_a_queue_that_is_polled_is_no_look_up_of_a_cache(subject: Arq, measured: Writer) -> None:
+    """A worker's polls of a queue of any name, and asking a job for its state, judge nothing; what else goes over the
+    same pool, such as a job's own cache, counts as before."""
+    writer, probe = Writer.in_memory(), CacheProbe(load({}))
+    probe.bind(writer)
+    settings = RedisSettings.from_dsn(subject.server.url)  # type: ignore[attr-defined]
+    client = await create_pool(settings, default_queue_name="mail")
+    cache = address_of(client)
+
+    async def look(context: dict[str, Any]) -> None:
+        await context["redis"].get("plan:1")
+
+    worker = Worker([func(look, name="look")], queue_name="mail", redis_pool=client, poll_delay=0.01,
+                    handle_signals=False)  # fmt: skip
+    running = asyncio.create_task(worker.async_run())
+    try:
+        async with asyncio.timeout(30):
+            while cache_counts.operations(writer, cache).get("zrangebyscore", 0.0) < 5.0:
+                await asyncio.sleep(0.01)
+            job = await client.enqueue_job("look")
+            assert isinstance(job, Job)
+            await job.result(poll_delay=0.01)
+            await job.status()
+            await client.get("mail:1")
+        await ran(measured)
+        assert cache_counts.results(writer, cache) == {("plan:{}", "miss"): 1.0, ("mail:{}", "miss"): 1.0}
+        assert writer.value("headroom_probe_up", probe="cache") == 1.0
+    finally:
+        running.cancel()
+        await worker.close()
+        probe.close()
+
+
 def test_close_puts_all_back() -> None:
     """The probe attaches once and leaves nothing behind, not in a worker that ran either."""
 
     def patched() -> tuple[Any, ...]:
         return (ArqRedis.enqueue_job, arq.connections.serialize_job, arq.worker.deserialize_job_raw, Worker.run_job,
-                Worker.finish_job)  # fmt: skip
+                Worker.finish_job, Worker._poll_iteration, Job.__init__)  # fmt: skip
 
     before = patched()
     probe = QueueProbe(load({}))

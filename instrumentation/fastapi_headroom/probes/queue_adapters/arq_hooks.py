@@ -10,6 +10,9 @@ an unknown function, expired) is a run with the error type ``JobExecutionFailed`
 The wait runs from when the job was due, or enqueued where that is later. One that is given back without a time keeps
 its old one in Redis; the worker that gave it back knows better, another worker counts the earlier tries as waiting.
 
+A queue has a name of the user's choice: workers that poll it and jobs that are asked for their state tell it to the
+cache probe, for which it is no look-up.
+
 The trace context goes with the job in a field of its own beside arq's; workers without these hooks do not look at it.
 """
 
@@ -28,8 +31,10 @@ from weakref import WeakSet
 import arq.connections
 import arq.worker
 from arq.connections import ArqRedis
+from arq.jobs import Job
 from arq.worker import Worker
 
+from fastapi_headroom.probes import cache_books
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.queue_adapters.job_hooks import JobHooks
@@ -86,6 +91,9 @@ class ArqHooks(JobHooks):
         self._patches.wrap(arq.worker, "deserialize_job_raw", self._wrap_deserialize)
         self._patches.wrap(Worker, "run_job", self._wrap_run)
         self._patches.wrap(Worker, "finish_job", self._wrap_finish)
+        self._patches.wrap(Job, "__init__", self._wrap_job)
+        if "_poll_iteration" in vars(Worker):
+            self._patches.wrap(Worker, "_poll_iteration", self._wrap_poll)
 
     def close(self) -> None:
         """Detach from everything."""
@@ -106,6 +114,29 @@ class ArqHooks(JobHooks):
                 return await original(client, *args, **kwargs)
 
         return enqueue_job
+
+    def _wrap_job(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def make(job: Any, *args: Any, **kwargs: Any) -> None:
+            original(job, *args, **kwargs)
+            self._mark(job, "_redis", "_queue_name")
+
+        return make
+
+    def _wrap_poll(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        async def _poll_iteration(worker: Any) -> Any:
+            self._mark(worker, "pool", "queue_name")
+            return await original(worker)
+
+        return _poll_iteration
+
+    def _mark(self, asking: Any, link: str, queue: str) -> None:
+        if self._runs.writer is not None:
+            try:
+                cache_books.mark(getattr(asking, link), getattr(asking, queue))
+            except Exception as error:
+                self._guard.failed(error)
 
     def _wrap_serialize(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
