@@ -6,10 +6,12 @@ So a memcached has everything that a Redis has: key patterns, ages, stampedes, l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
 from time import perf_counter
+from types import FrameType
 from typing import Any, ClassVar, Final, Protocol
 
 from fastapi_headroom import ledger
@@ -107,11 +109,21 @@ class Recorder:
             if name in vars(owner):
                 patches.wrap(owner, name, partial(self._wrap_async, method=method, address=address))
 
-    def local(self, patches: Patches, owner: Any, default: str, methods: dict[str, Callable[..., None]]) -> None:
-        """Wrap methods of a cache inside the process: look-ups are counted and nothing is timed."""
+    def local(
+        self,
+        patches: Patches,
+        owner: Any,
+        default: str,
+        methods: dict[str, Callable[..., None]],
+        skip: Callable[[Any, FrameType], bool] | None = None,
+    ) -> None:
+        """Wrap methods of a cache inside the process: look-ups are counted and nothing is timed.
+
+        ``skip`` says of a cache and the frame that asks it whether that is no look-up, but the library's own doing.
+        """
         for name, tell in methods.items():
             if name in vars(owner):
-                patches.wrap(owner, name, partial(self._wrap_local, tell=tell, default=default))
+                patches.wrap(owner, name, partial(self._wrap_local, tell=tell, default=default, skip=skip))
 
     def _wrap(self, original: Any, method: Method, address: Callable[[Any], str]) -> Any:
         current, now, command = ledger.current.get, perf_counter, _known(method.word)
@@ -165,12 +177,20 @@ class Recorder:
 
         return call
 
-    def _wrap_local(self, original: Callable[..., Awaitable[Any]], tell: Callable[..., None], default: str) -> Any:
+    def _wrap_local(
+        self,
+        original: Callable[..., Awaitable[Any]],
+        tell: Callable[..., None],
+        default: str,
+        skip: Callable[[Any, FrameType], bool] | None,
+    ) -> Any:
         @wraps(original)
         async def call(cache: Any, *args: Any, **kwargs: Any) -> Any:
             result = await original(cache, *args, **kwargs)
             if self.probe.writer is not None:
                 try:
+                    if skip is not None and skip(cache, sys._getframe(1)):
+                        return result
                     series = self.probe.series_named(self._name(cache) or default)
                     tell(Answer(series, result, 0.0, None), *args, **kwargs)
                 except Exception as failure:

@@ -14,6 +14,8 @@ from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.caches.aiocache import Aiocache
 from fastapi_headroom.probes.caches.cachetools import CountedCache, held_by, is_cache
+from fastapi_headroom.probes.caches.cashews import Cashews
+from fastapi_headroom.probes.caches.fastapi_cache import FastapiCache
 from fastapi_headroom.probes.caches.finder import Finder, is_cached
 from fastapi_headroom.probes.caches.library import Library, Recorder
 from fastapi_headroom.probes.caches.memcached import Aiomcache, Pymemcache
@@ -22,7 +24,7 @@ from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.store.writer import Counter, Gauge, Writer
 
-LIBRARIES: Final[tuple[type[Library], ...]] = (Aiocache, Pymemcache, Aiomcache)
+LIBRARIES: Final[tuple[type[Library], ...]] = (Aiocache, Cashews, FastapiCache, Pymemcache, Aiomcache)
 MAX_NAMES: Final = 50
 """Caches that get series of their own; later ones share ``_OTHER``."""
 _LENGTH: Final = 80
