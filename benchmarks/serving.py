@@ -157,12 +157,17 @@ def _turns(servers: dict[str, Server], path: str, turns: int) -> dict[str, float
     }
 
 
+SETTLE = 3.0
+"""Seconds after the last request in which a server may still be at work."""
+
+
 def idle(variants: Sequence[str], seconds: float) -> list[float]:
     """Return the milliseconds of CPU that each variant takes in a second in which nobody calls it."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(server(variant)) for variant in variants]
         for running in servers:
             running.load("/ping", 0.3)
+        time.sleep(SETTLE)
         before = [running.cpu_seconds() for running in servers]
         time.sleep(seconds)
         return [(running.cpu_seconds() - start) / seconds * 1e3 for running, start in zip(servers, before, strict=True)]

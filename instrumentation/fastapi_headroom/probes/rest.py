@@ -59,6 +59,8 @@ class Rest:
         """Make the part for one loop. Call it on the loop's thread."""
         self._pulse, self._threshold = pulse, threshold
         self._selector = selector_of(pulse.loop)
+        self._proof: Clocks | None = None
+        """The clocks when the kernel last said that the loop's thread slept in its ``epoll_wait``."""
         self.held = False
         """The last look found that something held the loop."""
 
@@ -66,6 +68,17 @@ class Rest:
     def possible(self) -> bool:
         """Whether the kernel tells that the loop's thread waits for the loop's files."""
         return self._selector is not None
+
+    def sleeps_on(self, now: float) -> bool:
+        """Return whether the loop's thread has not run since the kernel last said that it slept in its ``epoll_wait``.
+
+        Then it sleeps there still, and that is taken note of. This is what most looks come to, and all they cost.
+        """
+        pulse, proof = self._pulse, self._proof
+        if proof is None or pulse.cpu() != proof.cpu or not pulse.resting:
+            return False
+        pulse.beat = Beat(proof._replace(at=now, process=time.process_time()), due_after(now, self._threshold))
+        return True
 
     def goes_on(self, now: float) -> bool:
         """Return whether the loop is free, and take note that it was at ``now``; else end the rest.
@@ -104,10 +117,13 @@ class Rest:
 
     def _look(self, now: float) -> tuple[Clocks, bool]:
         """Return the clocks, and whether the loop's thread slept in its ``epoll_wait`` after they were read."""
-        clocks = self._pulse.clocks(now)
-        call = self._pulse.thread.system_call()
+        pulse = self._pulse
+        clocks = pulse.clocks(now)
+        call = pulse.thread.system_call()
         if call is None:
             self._selector = None  # the kernel does not tell: do not try again
             return clocks, False
         number, _, arguments = call.partition(" ")
-        return clocks, number in procfs.EPOLL_WAITS and arguments.partition(" ")[0] == self._selector
+        free = number in procfs.EPOLL_WAITS and arguments.partition(" ")[0] == self._selector
+        self._proof = clocks if free and pulse.cpu() == clocks.cpu else None
+        return clocks, free

@@ -109,6 +109,8 @@ class Watchdog(threading.Thread):
                 self.watches.set()
             time.sleep(nap)
             now = time.monotonic()
+            if self.pulse.resting and self._rest.sleeps_on(now):
+                continue
             waited = max(0.0, now - asleep - nap)
             try:
                 if not self.pulse.resting:
