@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +14,7 @@ import amqp
 import kombu.pools
 import rq
 
+from demo_app.stack.process import Process, wait_until
 from demo_app.stack.servers import RabbitMQ
 from fastapi_headroom import catalog
 from tests.support import celery_app, queue_jobs
@@ -110,6 +113,17 @@ class RQ(OnRedis):
     def purge(self) -> None:
         """Empty the queue as ``rq empty`` does."""
         self.queue.empty()
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[Process]:
+        """Run a worker; end it only once it listens: RQ puts it on the list before it heeds signals."""
+        with super().worker() as process:
+            yield process
+            if process.running:
+                wait_until(self._all_listen, 25, "the worker to heed signals")
+
+    def _all_listen(self) -> bool:
+        return all(worker.get_state() in ("idle", "busy") for worker in rq.Worker.all(connection=self.client))
 
     def worker_command(self) -> list[str]:
         """Run RQ's worker, which forks a work-horse for each job."""
