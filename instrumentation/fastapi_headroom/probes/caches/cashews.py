@@ -34,8 +34,13 @@ class Cashews:
         """What the memory in front of Redis holds for a key that Redis does not have."""
 
     def attach(self, recorder: Recorder, patches: Patches) -> None:
-        """Wrap the reads of the memory backend. Raises AttributeError for a version whose inner reads are not known."""
+        """Wrap the reads of the memory backend. Raises AttributeError for a version whose inner reads are not known.
+
+        Before cashews 7.5 the backend inherits its reads from what Redis' backend shares: those are left alone.
+        """
         memory = sys.modules[self.module].Memory
+        if "get" not in vars(memory):
+            return
         own = [memory._remove_expired, memory.get_match]
         client_side, transactions = sys.modules.get(_CLIENT_SIDE), sys.modules.get(_TRANSACTION)
         if client_side is not None:
