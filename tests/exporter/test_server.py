@@ -166,6 +166,7 @@ def test_a_bad_request_is_refused(server: MetricsServer, request_bytes: bytes, s
     eventually(lambda: threads() == 0, "the end of the connections")
 
 
+@pytest.mark.alone
 def test_half_open_connections_do_not_keep_a_scraper_out(server: MetricsServer) -> None:
     """With ten times more silent connections than there is room for, a scrape answers at once; threads are bounded."""
     silent = [half_open(server.port, b"GET /metr" if i % 2 else b"") for i in range(10 * MAX_CONNECTIONS)]

@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 
+import asyncpg
 import pytest
 from sqlalchemy import create_engine, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -18,6 +19,8 @@ from fastapi_headroom.store.writer import Writer
 from tests.probes.test_pool_resize import APPLICATION, close, open_on_server, resizer_of
 
 NAME = {"db_client_connection_pool_name": "replaced"}
+KILLED = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+"""What asyncpg raises for a connection that is killed while SQLAlchemy still makes it ready."""
 KILL = text(
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = :name AND state = 'idle'"
 )

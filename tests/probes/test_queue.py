@@ -414,6 +414,8 @@ def test_a_worker_says_which_queues_it_takes_jobs_from(
     process.start()
     try:
         wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 1.0), 25, "both queues")
+        # What is said before the worker listens is said to nobody.
+        wait_until(lambda: bool(celery_app.app.control.ping(timeout=0.5)), 25, "the worker to take orders")
         celery_app.app.control.cancel_consumer("reports")
         wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 0.0), 10, "the order to leave one")
         kill(process)

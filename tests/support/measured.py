@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
@@ -58,9 +59,17 @@ class Measured:
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Call the app in process; what it raises becomes a 500 as with a server."""
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self._tell, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client
+
+    async def _tell(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve, and print what the app raises: a test that fails by a 500 shows why."""
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            traceback.print_exc()
+            raise
 
     async def get(self, path: str) -> httpx.Response:
         """Call the app once in process."""

@@ -27,6 +27,10 @@ _HASH_TAG: Final = re.compile(r"\{([\w:.\-]*)\}", re.ASCII)
 """What Redis Cluster hashes by: ``user:{123}:name``."""
 _ARGUMENTS: Final = re.compile(r"[(\[{<'\"=,]")
 """Where the repr of arguments or of an object begins."""
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{15,}={1,2}(?![\w=])")
+"""Ends as only base64 does: what is before its slashes is a part of it, and no word."""
+_REPEATED: Final = re.compile(r"(.)\1\1\1")
+"""No word has the same letter four times in a row; the base64 of small numbers has."""
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")
 _WORDS: Final = re.compile(r"[A-Za-z]+(?:[_\-.][A-Za-z]+)*")
 _NUMBERED: Final = re.compile(r"([A-Za-z]+(?:[_\-.][A-Za-z]+)*[_\-.])(?:\d+|\{\})")
@@ -74,6 +78,7 @@ def fold(key: object) -> str:
 
 
 def _fold_slowly(text: str) -> str:
+    text = _BASE64.sub(PLACE, text)
     parts = SEPARATORS.split(_HASH_TAG.sub(lambda tag: tag[1] or PLACE, text))
     folded: list[str] = []
     for index, part in enumerate(parts):
@@ -117,7 +122,7 @@ def _is_word(letters: str) -> bool:
     """Tell a word from a token by its length, its case and its vowels; hexadecimal is none."""
     if len(letters) > _MAX_LETTERS or _LETTERS_OF_HEX.fullmatch(letters) or not _CASES.fullmatch(letters):
         return False
-    if max(map(len, _HUMP.findall(letters))) > _MAX_RUN:
+    if max(map(len, _HUMP.findall(letters))) > _MAX_RUN or _REPEATED.search(letters):
         return False
     return len(letters) < 12 or _can_be_spoken(letters, len(letters))
 
