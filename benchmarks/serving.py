@@ -157,7 +157,7 @@ def _turns(servers: dict[str, Server], path: str, turns: int) -> dict[str, float
     }
 
 
-SETTLE = 3.0
+CALM = 3.0
 """Seconds after the last request in which a server may still be at work."""
 
 
@@ -167,7 +167,7 @@ def idle(variants: Sequence[str], seconds: float) -> list[float]:
         servers = [stack.enter_context(server(variant)) for variant in variants]
         for running in servers:
             running.load("/ping", 0.3)
-        time.sleep(SETTLE)
+        time.sleep(CALM)
         before = [running.cpu_seconds() for running in servers]
         time.sleep(seconds)
         return [(running.cpu_seconds() - start) / seconds * 1e3 for running, start in zip(servers, before, strict=True)]
