@@ -197,7 +197,7 @@ def test_50_of_50_blocks_are_noticed(run: Run) -> None:
 
 def test_blocks_are_noticed_while_the_heartbeat_rests(run: Run) -> None:
     """So are those on a loop on which nothing else happens, which is woken once a second."""
-    assert run(loop_proofs.notices_blocks_at_rest(24)) == (24, 0)
+    assert run(loop_proofs.notices_blocks_at_rest(27)) == (27, 0)
 
 
 @pytest.mark.parametrize("hogs", [0, 2])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +64,7 @@ async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
 async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
     """Block a loop whose heartbeat rests that often for 100 ms, at random moments between two looks.
 
+    A timer, another thread and a socket set it off in turn.
     Return how many blocks were followed by one that was counted, and how many were when nothing held the loop.
     """
     moments = random.Random(seed)
@@ -70,7 +73,7 @@ async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
         for number in range(count):
             await rested(probe)
             before = total(writer, BLOCKS)
-            await asyncio.sleep(moments.random() * 0.1)
+            await (by_timer, by_thread, by_socket)[number // 3 % 3](moments.random() * 0.1)
             invented += total(writer, BLOCKS) > before
             (sleep, compute, keep_the_gil)[number % 3]()
             deadline = time.monotonic() + 1
@@ -78,6 +81,27 @@ async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
                 await asyncio.sleep(0.01)
             noticed += total(writer, BLOCKS) > before
     return noticed, invented
+
+
+async def by_timer(seconds: float) -> None:
+    """Go on after that time, as a timer of the loop."""
+    await asyncio.sleep(seconds)
+
+
+async def by_thread(seconds: float) -> None:
+    """Go on after that time, when another thread says so."""
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    threading.Timer(seconds, loop.call_soon_threadsafe, [told.set]).start()
+    await told.wait()
+
+
+async def by_socket(seconds: float) -> None:
+    """Go on after that time, when something has come over a socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        threading.Timer(seconds, theirs.send, [b"x"]).start()
+        assert await asyncio.get_running_loop().sock_recv(ours, 1) == b"x"
 
 
 async def rested(probe: LoopProbe) -> None:
