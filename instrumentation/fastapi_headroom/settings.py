@@ -82,7 +82,8 @@ class Settings(BaseSettings):
     ``stream+redis``, ``list+redis``, ``kafka``. Spaces or commas between; one inside the query string stays there."""
     cache_servers: Words = ()
     """Cache servers to poll for memory, evictions and look-ups, as URLs: ``redis://host:6379/0?name=main``, where
-    ``name`` is what the app calls this cache (default: ``host:port/db``). Spaces or commas between."""
+    ``name`` is what the app calls this cache (default: ``host:port/db``). With ``&sample=20`` as many random keys are
+    looked at now and then, for memory, age and expiry by pattern. Spaces or commas between."""
     tracing: bool = True
     """Trace when a provider is configured or the standard ``OTEL_*`` variables ask for export."""
     keep_fastapi_telemetry: bool = False
