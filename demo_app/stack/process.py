@@ -38,12 +38,16 @@ def accepts(port: int) -> bool:
         return False
 
 
-def greets(port: int, hello: bytes) -> bool:
-    """Return whether whoever listens on the loopback port answers to ``hello`` within a second."""
+def greets(port: int, hello: bytes, answer: bytes = b"") -> bool:
+    """Return whether whoever listens on the loopback port answers to ``hello`` within a second.
+
+    ``answer`` is the byte that it has to begin with; without one any will do.
+    """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(hello)
-            return bool(connection.recv(1))
+            said = connection.recv(1)
+            return said == answer if answer else bool(said)
     except OSError:
         return False
 
