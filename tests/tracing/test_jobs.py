@@ -69,7 +69,7 @@ def trace_of(receiver: Receiver, kind: str, count: int = 1, jobs: int = 1) -> li
 @pytest.mark.parametrize("kind", WORKERS)
 def test_a_request_and_its_job_are_one_trace(kind: str, broker: str, tmp_path: Path) -> None:
     """The run of a job is one consumer span below the request that handed it over, failed where the job failed; what
-    it asks of a database is below that, where the job runs in the process that exports."""
+    it asks of a database is below that, and may be lost where the job has a process of its own."""
     way = "celery" if kind == "prefork" else "rq"
     with Receiver() as receiver, running(kind, receiver, broker, tmp_path) as server:
         jobs = {json.loads(server.get(f"/{way}/look?number={number}")): number for number in (7, -7)}
@@ -94,7 +94,7 @@ def test_a_request_and_its_job_are_one_trace(kind: str, broker: str, tmp_path: P
         } | ({"error.type": "ValueError"} if failed else {})
         assert run.start > request.start
         queries = [span for span in tree if span.kind == "CLIENT"]
-        assert [span.parent for span in queries] == ([] if kind == "forking" else [run.id])
+        assert [span.parent for span in queries] in ([[run.id], []] if kind == "forking" else [[run.id]])
     assert sum(span.kind == "CONSUMER" for span in receiver.spans) == 2
 
 
