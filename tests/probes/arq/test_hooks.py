@@ -66,7 +66,7 @@ def test_a_worker_measures_waits_runs_failures_retries_and_time_outs(subject: Ar
         return total(store, f"{RUNS}_count", **MAIL, headroom_task=task, error_type=error)
 
     with subject.worker():
-        wait_until(lambda: total(store, f"{RUNS}_count") == 8.0, 30, "eight runs: 2 + 3 + 1 + 1 + 1")
+        wait_until(lambda: total(store, f"{RUNS}_count") == 8.0, 60, "eight runs: 2 + 3 + 1 + 1 + 1")
         assert (runs("kit", ""), runs("kit", "Retry"), runs("kit", "ValueError")) == (3.0, 2.0, 1.0)
         assert (runs("sleep", "TimeoutError"), runs("nobody", "JobExecutionFailed")) == (1.0, 1.0)
         assert 0.2 <= total(store, f"{RUNS}_sum", headroom_task="sleep") < 2.0
@@ -85,9 +85,9 @@ def test_a_wait_runs_from_when_a_job_is_due(subject: Arq) -> None:
 
     store = subject.folder / "store"
     with subject.worker():
-        wait_until(lambda: (subject.folder / "store").exists(), 20, "the worker")
+        wait_until(lambda: (subject.folder / "store").exists(), 60, "the worker")
         subject.with_client(enqueue)
-        wait_until(lambda: total(store, f"{WAITS}_count", **MAIL) == 4.0, 20, "four runs")
+        wait_until(lambda: total(store, f"{WAITS}_count", **MAIL) == 4.0, 60, "four runs")
         assert total(store, f"{WAITS}_sum", **MAIL) < 0.6
 
 
