@@ -153,7 +153,7 @@ def test_a_worker_that_ends_in_order_loses_nothing() -> None:
     with serve("gunicorn", APP, workers=1, env=env) as server:
         pid = int(server.get("/order/50"))
         os.kill(pid, signal.SIGTERM)
-        scrape_until(f"http://127.0.0.1:{port}", lambda s: is_in_all(s, 1), 15)
+        scrape_until(f"http://127.0.0.1:{port}", lambda s: is_in_all(s, 1))
 
 
 def test_a_collector_that_raises_is_named_and_harms_nothing() -> None:

@@ -87,11 +87,11 @@ def test_a_worker_measures_waits_runs_failures_retries_and_time_limits(
 
 def test_a_delay_is_no_wait_and_its_end_no_publishing(subject: DramatiqOnRedis, measured: Writer) -> None:
     """A message that is sent with a delay waits from when it is due, and is published once."""
-    subject.publish_later(0.8)
+    subject.publish_later(2.5)
     assert state(subject)["headroom_queue_delayed"] == 1.0
     with worker(subject):
         wait_until(lambda: count(measured, f"{RUNS}_count") == 1.0, 60, "the run")
-    assert count(measured, f"{WAITS}_sum") < 0.6
+    assert count(measured, f"{WAITS}_sum") < 2.0
     assert count(measured, f"{PUBLISHING}_count") == 1.0
 
 
