@@ -9,9 +9,19 @@ import pytest
 
 from demo_app.stack.mariadb import MariaDB
 from demo_app.stack.servers import Postgres, Redis
+from fastapi_headroom import ledger
 
 hypothesis.settings.register_profile("whatever the machine", deadline=None)
 hypothesis.settings.load_profile("whatever the machine")
+
+
+@pytest.fixture(autouse=True)
+def no_request_left() -> Iterator[None]:
+    """Name the test that leaves a request behind: it would be that of every later test of the process."""
+    yield
+    left = ledger.current.get()
+    ledger.current.set(None)
+    assert left is None
 
 
 @pytest.fixture(scope="session")

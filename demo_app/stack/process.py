@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import http.client
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,11 +24,24 @@ class ProcessError(RuntimeError):
     """A process did not start, or ended by itself; the message ends with its last log lines."""
 
 
+_ports = itertools.count(random.SystemRandom().randrange(12_000))
+
+
 def free_port() -> int:
-    """Return a loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a loopback port that nobody listens on now, and that this process was not given before.
+
+    It lies below the ports that the system gives to connections and to those who ask for any, so nobody takes it
+    before the server that it is for; several processes that ask begin at random places.
+    """
+    for number in _ports:
+        port = 20_000 + number % 12_000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("the ports never end")
 
 
 def accepts(port: int) -> bool:
@@ -38,12 +53,16 @@ def accepts(port: int) -> bool:
         return False
 
 
-def greets(port: int, hello: bytes) -> bool:
-    """Return whether whoever listens on the loopback port answers to ``hello`` within a second."""
+def greets(port: int, hello: bytes, answer: bytes = b"") -> bool:
+    """Return whether whoever listens on the loopback port answers to ``hello`` within a second.
+
+    ``answer`` is the byte that it has to begin with; without one any will do.
+    """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(hello)
-            return bool(connection.recv(1))
+            said = connection.recv(1)
+            return said == answer if answer else bool(said)
     except OSError:
         return False
 

@@ -26,6 +26,10 @@ TEST_PACKAGES = {"rabbitmq-server": "rabbitmq-server", "mariadbd": "mariadb-serv
 """The same for what the tests start and the demo does not."""
 
 
+_HELLO = b"\0\0\0\x29\0\3\0\0user\0headroom\0database\0postgres\0\0"
+"""A client's first message to PostgreSQL: its length, version 3.0 of the protocol, who comes and what for."""
+
+
 class MissingBinaryError(RuntimeError):
     """A server is not installed; the message names the package that brings it."""
 
@@ -56,6 +60,7 @@ class Postgres(Server):
 
     def __init__(self, data: Path, *, port: int | None = None, max_connections: int = 100, **settings: str) -> None:
         super().__init__("postgres", data, port)
+        self.ready = self._is_ready
         self.stop_signal = signal.SIGINT  # "fast" shutdown; SIGTERM would wait for the clients
         wanted = self.data
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
@@ -95,6 +100,10 @@ class Postgres(Server):
         super().stop()
         if self._elsewhere:
             shutil.rmtree(self.data, ignore_errors=True)
+
+    def _is_ready(self) -> bool:
+        """Return whether the server lets somebody in: its port accepts while it still starts, and refuses them all."""
+        return greets(self.port, _HELLO, b"R")  # AuthenticationOk; an ErrorResponse begins with E
 
     def url(self, driver: str = "asyncpg", database: str = "postgres") -> str:
         """Return the SQLAlchemy URL for a driver such as asyncpg or psycopg."""

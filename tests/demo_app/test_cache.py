@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
@@ -55,10 +56,12 @@ def aside(redis: Redis, changes: Changes | None = None, *, lags: bool = False) -
 async def test_what_was_loaded_once_is_served_from_redis(redis: Redis) -> None:
     """The second read does not load, and the entry lives for the time to live, give or take a tenth."""
     cache, origin = aside(redis), Origin()
+    began = time.monotonic()
     assert await cache.get(*KEY, PlanOut, origin) == PLAN
     assert await cache.get(*KEY, PlanOut, origin) == PLAN
     assert origin.loads == 1
-    assert 53_000 <= await redis.pttl("plan:1") <= 66_000
+    left = await redis.pttl("plan:1")
+    assert 54_000 - 1_000 * (time.monotonic() - began) - 1 <= left <= 66_000
 
 
 async def test_concurrent_misses_load_once(redis: Redis) -> None:
@@ -95,10 +98,14 @@ async def test_redis_down_costs_speed_only() -> None:
     """Without a Redis reads load, once for all who ask at once, drops are quiet, and nobody waits for retries."""
     client = connect(f"redis://127.0.0.1:{free_port()}")
     cache, origin = aside(client), Origin()
-    began = time.monotonic()
-    assert await asyncio.gather(*(cache.get(*KEY, PlanOut, origin) for _ in range(20))) == [PLAN] * 20
-    await cache.drop(*KEY)
-    assert origin.loads == 1 and time.monotonic() - began < 1
+    took = []
+    for _ in range(3):  # the machine may have been busy with something else
+        began, loads = time.monotonic(), origin.loads
+        assert await asyncio.gather(*(cache.get(*KEY, PlanOut, origin) for _ in range(20))) == [PLAN] * 20
+        await cache.drop(*KEY)
+        took.append(time.monotonic() - began)
+        assert origin.loads == loads + 1
+    assert min(took) < 1
     await client.aclose()
 
 
@@ -114,13 +121,15 @@ async def test_the_fault_makes_every_look_up_miss(redis: Redis, switches: Switch
     assert origin.loads == 3
 
 
-async def test_the_local_cache_loads_again_after_its_time() -> None:
+async def test_the_local_cache_loads_again_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value is kept for the time to live and loaded anew after it, or when it is dropped."""
+    now = 1_000.0
+    monkeypatch.setattr("demo_app.cache.time", SimpleNamespace(monotonic=lambda: now))
     local, origin = LocalCache("plans", ttl=0.1), Origin()
     await local.get(origin)
     await local.get(origin)
     assert origin.loads == 1
-    await asyncio.sleep(0.12)
+    now += 0.12
     await local.get(origin)
     assert origin.loads == 2
     local.drop()
@@ -152,7 +161,7 @@ async def test_a_change_reaches_other_workers(redis: Redis) -> None:
         await asyncio.sleep(0.01)
     before = time.time()
     await here.tell("plan:1")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not heard:
             await asyncio.sleep(0.01)
     assert heard == ["plan:1"] and there.after("plan:1", before) and not there.after("plan:1", time.time())
@@ -178,6 +187,17 @@ async def test_a_region_that_lags_serves_what_it_has_and_says_so(redis: Redis, t
 async def test_naive_readers_all_load(redis: Redis) -> None:
     """Without single flight ten who miss at once load ten times, and the entry is gone after a second."""
     cache, origin = aside(redis), Origin()
-    await asyncio.gather(*(cache.get(*KEY, PlanOut, origin, naive=True) for _ in range(10)))
+
+    async def load() -> PlanOut | None:
+        plan = await origin()
+        while origin.loads < 10:  # all of them have missed before the first one stores
+            await asyncio.sleep(0.005)
+        return plan
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(cache.get(*KEY, PlanOut, load, naive=True) for _ in range(10)))
     assert origin.loads == 10
-    assert 0 < await redis.pttl("plan:1") <= 1_000
+    assert await redis.pttl("plan:1") in {*range(1_001), -2}, "a second at most, or it is over; -1 would be for good"
+    async with asyncio.timeout(30):
+        while await redis.exists("plan:1"):
+            await asyncio.sleep(0.02)

@@ -69,7 +69,7 @@ class Child:
     def log(self) -> str:
         return "".join(self.errors)
 
-    def wait(self, seconds: float = 10.0) -> int:
+    def wait(self, seconds: float = 60.0) -> int:
         status = self.process.wait(seconds)
         self._reading.join(5)
         return status
@@ -110,13 +110,13 @@ def serving_sidecar(directory: Path, port: int, *arguments: str) -> Iterator[Chi
     """Start a sidecar and wait until it answers."""
     with sidecar("--dir", str(directory), "--port", str(port), *arguments) as child:
         try:
-            wait_until(lambda: answers(port), 10, "the sidecar's first answer")
+            wait_until(lambda: answers(port), 60, "the sidecar's first answer")
         except TimeoutError:
             raise AssertionError(child.log()) from None
         yield child
 
 
-def get(port: int, path: str = "/metrics", timeout: float = 5.0, method: str = "GET", **headers: str) -> Response:
+def get(port: int, path: str = "/metrics", timeout: float = 30.0, method: str = "GET", **headers: str) -> Response:
     """Ask once, on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
@@ -174,7 +174,7 @@ def half_open(port: int, sent: bytes = b"") -> socket.socket:
     return connection
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 8.0) -> float:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 40.0) -> float:
     """Wait until a condition holds and return how many seconds that took."""
     began = time.monotonic()
     wait_until(condition, seconds, what)

@@ -80,7 +80,7 @@ def get_over_tls(exporter: Exporter, pair: Pair, **headers: str) -> tuple[int, s
 def ask(port: int, pair: Pair, **headers: str) -> tuple[int, str]:
     """Ask whoever listens there for metrics, trusting that certificate alone."""
     context = ssl.create_default_context(cafile=str(pair.certificate))
-    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics", headers=headers)
         response = connection.getresponse()
@@ -175,6 +175,7 @@ def test_a_certificate_is_replaced_while_it_serves(
     assert caplog.text.count("stays in use") == 1
 
 
+@pytest.mark.alone
 def test_silent_connections_do_not_keep_a_scraper_out_over_tls(start: Start, pair: Pair) -> None:
     """Connections that never shake hands, or stop in the middle of it, take no thread for good."""
     exporter = start(exporter_certificate_file=pair.certificate, exporter_key_file=pair.key)
@@ -280,8 +281,8 @@ def test_prometheus_scrapes_with_token_and_tls(tmp_path: Path, pair: Pair, token
     port = free_port()
     common = {
         "scheme": "https",
-        "scrape_interval": "200ms",
-        "scrape_timeout": "200ms",
+        "scrape_interval": "500ms",
+        "scrape_timeout": "500ms",
         "tls_config": {"ca_file": str(pair.certificate)},
         "static_configs": [{"targets": [f"127.0.0.1:{port}"]}],
     }
@@ -297,7 +298,7 @@ def test_prometheus_scrapes_with_token_and_tls(tmp_path: Path, pair: Pair, token
     ):
 
         def targets() -> dict[str, Any]:
-            with urllib.request.urlopen(f"{prometheus.url}/api/v1/targets", timeout=5) as response:
+            with urllib.request.urlopen(f"{prometheus.url}/api/v1/targets", timeout=30) as response:
                 active = json.loads(response.read())["data"]["activeTargets"]
             return {target["labels"]["job"]: target for target in active}
 
@@ -305,9 +306,9 @@ def test_prometheus_scrapes_with_token_and_tls(tmp_path: Path, pair: Pair, token
             seen = targets()
             return len(seen) == 2 and seen["app"]["health"] == "up" and "401" in seen["stranger"]["lastError"]
 
-        eventually(settled, "both scrapes", 20)
+        eventually(settled, "both scrapes", 60)
         with urllib.request.urlopen(
-            f"{prometheus.url}/api/v1/query?query=headroom_requests_total", timeout=5
+            f"{prometheus.url}/api/v1/query?query=headroom_requests_total", timeout=30
         ) as response:
             (series,) = json.loads(response.read())["data"]["result"]
         assert (series["metric"]["job"], series["value"][1]) == ("app", "3")

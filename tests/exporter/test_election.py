@@ -39,6 +39,7 @@ def test_one_of_many_serves(tmp_path: Path) -> None:
     assert not is_held(tmp_path / EXPORTER_LOCK)
 
 
+@pytest.mark.alone
 def test_when_the_exporting_worker_is_killed_another_takes_over(tmp_path: Path) -> None:
     """Within 2 s of kill -9 another worker answers on the same port, twice over."""
     port = free_port()
@@ -55,13 +56,14 @@ def test_when_the_exporting_worker_is_killed_another_takes_over(tmp_path: Path) 
         assert exporter_pid(port) in left
 
 
+@pytest.mark.alone
 def test_a_sidecar_takes_over_and_gives_back(tmp_path: Path) -> None:
     """A sidecar that starts later gets the port from the elected worker; when it is killed the worker serves again."""
     port = free_port()
     with candidate(tmp_path, port) as worker:
         eventually(lambda: exporter_pid(port) == worker.pid, "the election")
         with serving_sidecar(tmp_path, port) as sidecar:
-            eventually(lambda: exporter_pid(port) == sidecar.pid, "the take-over", 3.0)
+            eventually(lambda: exporter_pid(port) == sidecar.pid, "the take-over")
             assert get(port).status == 200
             assert not is_held(tmp_path / EXPORTER_LOCK)
             assert "a sidecar serves" in worker.log()
@@ -144,6 +146,7 @@ def test_an_exporter_that_ended_by_accident_is_started_anew(
     election.stop()
 
 
+@pytest.mark.alone
 def test_stopping_lets_go_of_everything(tmp_path: Path) -> None:
     """Serving and stopping again and again leaves no descriptor and no thread, and takes well under a second."""
     Writer.open(tmp_path)
@@ -205,7 +208,7 @@ def test_a_forked_child_does_not_keep_port_or_lock(tmp_path: Path) -> None:
             assert not is_held(tmp_path / EXPORTER_LOCK)
             election = election_in(tmp_path, port)
             election.start()
-            eventually(lambda: election.url is not None, "the successor", 2.0)
+            eventually(lambda: election.url is not None, "the successor")
             election.stop()
         finally:
             os.kill(child, signal.SIGKILL)

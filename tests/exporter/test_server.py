@@ -123,6 +123,7 @@ def test_a_scrape_that_fails_is_a_500_and_the_next_one_works(server: MetricsServ
     assert get(server.port).status == 200
 
 
+@pytest.mark.alone
 def test_parallel_scrapes_share_a_read(server: MetricsServer, reader: CountingReader) -> None:
     """Twenty scrapes at once read the store two or three times, and all get a whole body."""
     reader.seconds = 0.1
@@ -252,6 +253,7 @@ def test_it_listens_on_ipv6(reader: CountingReader) -> None:
     running.stop()
 
 
+@pytest.mark.alone
 def test_two_hundred_scrapes_at_once(server: MetricsServer, reader: CountingReader) -> None:
     """Of 200 scrapers that connect in the same moment each gets a whole body, and the store is read a few times."""
     reader.seconds = 0.05

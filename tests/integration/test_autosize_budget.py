@@ -11,7 +11,7 @@ from tests.support.autosize_worker import BUDGET
 
 def test_killed_workers_never_take_more_than_the_budget(tmp_path: Path, postgres: Postgres) -> None:
     """Four workers, async and with threads, are killed under random demand: never over 12, and no connection lost."""
-    outcome = kill_at_random(tmp_path, postgres, seconds=8, seed=1)
+    outcome = kill_at_random(tmp_path, postgres, seconds=8, seed=1, kills_at_least=3)
     assert outcome.kills >= 3
     assert outcome.looks > 50
     assert outcome.most > BUDGET / 2, "they grew, and the budget was what they shared"

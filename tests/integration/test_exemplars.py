@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,6 +15,7 @@ import yaml
 
 from demo_app.stack.process import free_port, wait_until
 from demo_app.stack.servers import Prometheus
+from fastapi_headroom import catalog
 from tests.support.scrape import scrape_until
 from tests.support.serving import serve
 from tests.tracing.receiver import Receiver
@@ -24,16 +26,16 @@ DURATION = "http_server_request_duration_seconds"
 
 def ask(prometheus: Prometheus, path: str, **parameters: str) -> Any:
     url = f"{prometheus.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=30) as response:
         return json.loads(response.read())["data"]
 
 
 def write_config(path: Path, port: int, **extra: Any) -> Path:
-    """Write a configuration with one target that is scraped five times a second."""
+    """Write a configuration with one target that is scraped twice a second."""
     scrape = {
         "job_name": "app",
-        "scrape_interval": "200ms",
-        "scrape_timeout": "200ms",
+        "scrape_interval": "500ms",
+        "scrape_timeout": "500ms",
         "static_configs": [{"targets": [f"127.0.0.1:{port}"]}],
     }
     path.write_text(yaml.safe_dump({"scrape_configs": [scrape | extra]}))
@@ -58,7 +60,7 @@ def test_examples_of_two_workers_reach_prometheus(tmp_path: Path) -> None:
                 server.get("/sleep?seconds=0.12")
                 return len(workers) == 2
 
-            wait_until(both_have_slept, 10, "both workers")
+            wait_until(both_have_slept, 60, "both workers")
             with pytest.raises(urllib.error.HTTPError):
                 server.get("/error")
 
@@ -71,14 +73,17 @@ def test_examples_of_two_workers_reach_prometheus(tmp_path: Path) -> None:
                 ]
 
             wait_until(
-                lambda: {"/sleep", "/error"} <= {it["series"]["http_route"] for it in found()}, 15, "the exemplars"
+                lambda: {"/sleep", "/error"} <= {it["series"]["http_route"] for it in found()}, 60, "the exemplars"
             )
             slow = [it for it in found() if it["series"]["http_route"] == "/sleep"]
             (error,) = [it for it in found() if it["series"]["http_route"] == "/error"]
-            wait_until(lambda: any(s.name == "GET /error" for s in receiver.spans), 10, "the spans")
+            wait_until(lambda: any(s.name == "GET /error" for s in receiver.spans), 60, "the spans")
     traces = {span.trace: span for span in receiver.spans if span.kind == "SERVER"}
-    assert slow[-1]["series"]["le"] == "0.25"
-    assert 0.12 <= float(slow[-1]["value"]) <= 0.25
+    for example in slow:  # a busy machine stretches a sleep, and puts it into another bucket
+        value = float(example["value"])
+        assert value >= 0.12
+        above = [bound for bound in catalog.REQUEST_DURATION.buckets if value <= bound]
+        assert float(example["series"]["le"]) == (above[0] if above else math.inf)
     for example, name in ((slow[-1], "GET /sleep"), (error, "GET /error")):
         assert traces[example["labels"]["trace_id"]].name == name
 

@@ -149,10 +149,10 @@ def test_a_sidecar_in_another_container_tells_living_workers_from_dead_ones(cont
     first = containers.app("first", HEADROOM_GROUP_READABLE="true")
     second = containers.app("second", HEADROOM_GROUP_READABLE="true")
     # An elected worker provides the lock files, before the sidecar of another user comes.
-    wait_until(lambda: answers(containers.port), 10, "the elected worker")
+    wait_until(lambda: answers(containers.port), 60, "the elected worker")
     sidecar = containers.sidecar()
-    wait_until(lambda: (containers.volume / "store" / "sidecar.lock").exists(), 5, "the lock file")
-    wait_until(lambda: "metrics at" in sidecar.tail() and answers(containers.port), 15, "the sidecar")
+    wait_until(lambda: (containers.volume / "store" / "sidecar.lock").exists(), 60, "the lock file")
+    wait_until(lambda: "metrics at" in sidecar.tail() and answers(containers.port), 60, "the sidecar")
 
     processes = [inside(process) for process in (first.process, second.process, sidecar)]
     seen = [namespaces(pid) for pid in (os.getpid(), *processes)]
@@ -165,11 +165,11 @@ def test_a_sidecar_in_another_container_tells_living_workers_from_dead_ones(cont
     assert sample(containers.port, PING) == 8.0
     assert sample(containers.port, 'headroom_workers{state="alive"}') == 2.0
     gauge = 'headroom_event_loop_utilization_ratio{{worker="{}"}}'
-    wait_until(lambda: sample(containers.port, gauge.format(1)) is not None, 5, "the gauges")
+    wait_until(lambda: sample(containers.port, gauge.format(1)) is not None, 60, "the gauges")
     assert sample(containers.port, gauge.format(0)) is not None
 
     os.kill(processes[0], signal.SIGKILL)
-    wait_until(lambda: not first.process.running, 5, "the end of the first app")
+    wait_until(lambda: not first.process.running, 60, "the end of the first app")
     assert sample(containers.port, 'headroom_workers{state="alive"}') == 1.0
     assert sample(containers.port, PING) == 8.0
     assert sample(containers.port, gauge.format(0)) is None
@@ -194,10 +194,10 @@ def test_a_sidecar_of_another_user_without_the_groups_right_is_refused(
 ) -> None:
     """Status 2 and one line that names the directory and the remedy; the app serves on."""
     app = containers.app("app", HEADROOM_GROUP_READABLE=setting)
-    wait_until(lambda: answers(containers.port), 10, "the elected worker")
+    wait_until(lambda: answers(containers.port), 60, "the elected worker")
     sidecar = containers.sidecar(groups=groups)
     assert sidecar.child is not None
-    assert sidecar.child.wait(15) == 2
+    assert sidecar.child.wait(60) == 2
     (line,) = sidecar.tail().splitlines()
     assert f"{containers.seen_by('sidecar')}/sidecar.lock cannot be locked (Permission denied)" in line
     assert "HEADROOM_GROUP_READABLE=true" in line

@@ -66,5 +66,5 @@ def test_a_worker_that_dies_hands_the_exporter_over() -> None:
             pids.add(json.loads(server.get("/ping"))["pid"])
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: accepts(server.port), 10, "gunicorn's new workers")
-        scrape_until(url, lambda s: s.total("headroom_requests_total", http_route="/ping", outcome="ok") >= 50, 20)
+        wait_until(lambda: accepts(server.port), 60, "gunicorn's new workers")
+        scrape_until(url, lambda s: s.total("headroom_requests_total", http_route="/ping", outcome="ok") >= 50)

@@ -24,6 +24,7 @@ def test_rules_are_valid() -> None:
     _run(support.tool("promtool"), "check", "rules", *support.RULE_FILES)
 
 
+@pytest.mark.timeout(600)  # promtool takes all the time that a busy machine lets it wait for
 @pytest.mark.parametrize("path", support.TEST_FILES, ids=lambda path: path.name)
 def test_rules_pass_their_unit_tests(path: Path) -> None:
     """Every alert fires, stays quiet and resolves as its unit tests state."""

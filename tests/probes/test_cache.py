@@ -143,7 +143,7 @@ async def test_cancelled_commands_are_neither(
     """A cancelled look-up is no error and no miss, and the ledger's wait is closed."""
     books = Ledger("GET")
     ledger.current.set(books)
-    sync_client.execute_command("CLIENT", "PAUSE", "150")
+    sync_client.execute_command("CLIENT", "PAUSE", "1000")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(async_client.get("product:1"), 0.03)
     await async_client.ping()

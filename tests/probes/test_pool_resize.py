@@ -23,6 +23,8 @@ from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
 APPLICATION = "headroom-resize"
+PATIENCE = 60.0
+"""Seconds after which a caller that nobody woke gives up, longer than any test waits for it."""
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def probe() -> Iterator[PoolProbe]:
 @pytest.fixture(params=[False, True], ids=["fifo", "lifo"])
 async def engine(request: Any, postgres: Postgres, probe: PoolProbe) -> AsyncIterator[AsyncEngine]:
     engine = create_async_engine(
-        postgres.url(driver="asyncpg"), pool_size=2, max_overflow=1, pool_timeout=5, pool_use_lifo=request.param,
+        postgres.url(driver="asyncpg"), pool_size=2, max_overflow=1, pool_timeout=PATIENCE, pool_use_lifo=request.param,
         connect_args={"server_settings": {"application_name": APPLICATION}},
     )  # fmt: skip
     yield engine
@@ -48,7 +50,7 @@ async def engine(request: Any, postgres: Postgres, probe: PoolProbe) -> AsyncIte
 @pytest.fixture(params=[False, True], ids=["fifo", "lifo"])
 def threads_engine(request: Any, postgres: Postgres, probe: PoolProbe) -> Iterator[Engine]:
     engine = create_engine(
-        postgres.url(driver="psycopg"), pool_size=2, max_overflow=1, pool_timeout=5, pool_use_lifo=request.param,
+        postgres.url(driver="psycopg"), pool_size=2, max_overflow=1, pool_timeout=PATIENCE, pool_use_lifo=request.param,
         connect_args={"application_name": APPLICATION},
     )  # fmt: skip
     yield engine
@@ -68,11 +70,11 @@ async def close(resizer: Resizer, records: list[Any]) -> None:
 
 
 def open_on_server(postgres: Postgres, expected: int) -> int:
-    """Return how many connections the server has of ours, when they are as many as expected or after two seconds."""
+    """Return how many connections the server has of ours, when they are as many as expected or after half a minute."""
     watcher = create_engine(postgres.url(driver="psycopg"))
     try:
         with watcher.connect() as connection:
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + PATIENCE / 2
             while True:
                 query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = :name"
                 found = int(connection.execute(text(query), {"name": APPLICATION}).scalar_one())
@@ -106,7 +108,7 @@ async def test_waiters_are_woken_at_once_when_the_limit_rises(engine: AsyncEngin
         await asyncio.sleep(0.005)
     assert not got
     resizer.resize(5)
-    await asyncio.wait_for(asyncio.gather(*tasks), 4)
+    await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE / 2)
     assert (resizer.places, resizer.limit) == (5, 5)
     await held.close()
 
@@ -121,14 +123,14 @@ def test_threads_that_wait_are_woken_at_once(threads_engine: Engine, probe: Pool
     def ask() -> None:
         with threads_engine.connect() as connection:
             connection.execute(text("SELECT 1"))
-            done.wait(4)
+            done.wait(PATIENCE)
 
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask) for _ in range(4)]
         while len(vars(threads_engine.pool)[STATE_KEY].waiting) < 4:
             time.sleep(0.005)
         resizer.resize(5)
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + PATIENCE / 2
         while len(vars(threads_engine.pool)[STATE_KEY].held) < 5 and time.monotonic() < deadline:
             time.sleep(0.005)
         used = len(vars(threads_engine.pool)[STATE_KEY].held)
@@ -171,12 +173,12 @@ async def test_a_pool_that_may_open_nothing_keeps_its_callers_waiting(engine: As
     with pytest.raises(exc.TimeoutError):
         await engine.connect()
     assert (resizer.places, resizer.limit) == (0, 0)
-    engine.sync_engine.pool._timeout = 5  # type: ignore[attr-defined]
+    engine.sync_engine.pool._timeout = PATIENCE  # type: ignore[attr-defined]
     waiting = asyncio.create_task(engine.connect().start())
     while not vars(engine.sync_engine.pool)[STATE_KEY].waiting:
         await asyncio.sleep(0.005)
     resizer.resize(1)
-    connection = await asyncio.wait_for(waiting, 1)
+    connection = await asyncio.wait_for(waiting, PATIENCE / 2)
     assert (resizer.places, resizer.limit) == (1, 1)
     await connection.close()
 
@@ -222,16 +224,19 @@ async def test_cancellations_while_the_limit_moves_lose_nothing(
         async with engine.connect():
             await asyncio.sleep(seconds)
 
+    over = asyncio.Event()
+
     async def move() -> None:
         nonlocal highest
-        while True:
+        while not over.is_set():
             await close(resizer, resizer.resize(rng.randint(0, 8)))
             highest = max(highest, resizer.places)
             await asyncio.sleep(0.002)
 
     mover = asyncio.create_task(move())
     await asyncio.gather(*(caller(number) for number in range(25)))
-    mover.cancel()
+    over.set()
+    await mover
     await close(resizer, resizer.resize(3))
     assert 3 < highest <= 8
     assert resizer.used == 0
@@ -252,9 +257,10 @@ def test_eight_threads_while_the_limit_moves_lose_nothing(
     most = 0
     lock = threading.Lock()
     out = 0
+    served_all = 0
 
     def use(number: int) -> tuple[int, int]:
-        nonlocal most, out
+        nonlocal most, out, served_all
         rng, served, refused = random.Random(number), 0, 0
         while not stop.is_set():
             try:
@@ -265,6 +271,7 @@ def test_eight_threads_while_the_limit_moves_lose_nothing(
                     time.sleep(rng.random() * 0.003)
                     with lock:
                         out -= 1
+                        served_all += 1
                 served += 1
             except exc.TimeoutError:
                 refused += 1
@@ -273,9 +280,11 @@ def test_eight_threads_while_the_limit_moves_lose_nothing(
     rng = random.Random(3)
     with ThreadPoolExecutor(8) as pool:
         users = [pool.submit(use, number) for number in range(8)]
-        for _ in range(300):
+        moves, deadline = 0, time.monotonic() + PATIENCE / 2
+        while moves < 300 or (served_all <= 100 and time.monotonic() < deadline):
             for record in resizer.resize(rng.randint(0, 6)):
                 resizer.close(record)
+            moves += 1
             time.sleep(0.005)
         stop.set()
         results = [user.result() for user in users]
@@ -284,7 +293,7 @@ def test_eight_threads_while_the_limit_moves_lose_nothing(
     assert most <= 6
     for record in resizer.resize(3):
         resizer.close(record)
-    threads_engine.pool._timeout = 5  # type: ignore[attr-defined]
+    threads_engine.pool._timeout = PATIENCE  # type: ignore[attr-defined]
     for connection in [threads_engine.connect() for _ in range(3)]:
         connection.close()
     assert (resizer.places, resizer.used, resizer.closing) == (3, 0, 0)

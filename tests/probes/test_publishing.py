@@ -71,6 +71,7 @@ def test_a_hand_over_that_is_thrown_away_in_another_context_raises_nothing(
         return coroutine
 
     contextvars.copy_context().run(endpoint).close()
+    assert ledger.current.get() is publishing.current.get() is None, "who closes it takes nothing of it over"
     assert timed.writer is not None
     assert timed.writer.value(COUNT, messaging_destination_name="mail", messaging_system="redis",
                               messaging_operation_name="publish") == 1.0  # fmt: skip

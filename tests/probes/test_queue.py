@@ -39,6 +39,8 @@ RUNS = "messaging_process_duration_seconds"
 PUBLISHING = "messaging_client_operation_duration_seconds"
 DEPTH, AGE, BUSY = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_IN_PROGRESS
 
+pytestmark = pytest.mark.timeout(300)  # workers start, on a machine that may be busy
+
 
 @pytest.fixture
 def broker(redis_server: Redis) -> Iterator[redis_client.Redis]:
@@ -58,6 +60,12 @@ def clock(shift: float) -> SimpleNamespace:
 def poll(poller: Poller) -> dict[tuple[str, ...], float]:
     """Return one poll's values by metric name, destination and priority."""
     return {(metric.name, *labels[1:]): value for metric, labels, value in poller.poll()}
+
+
+def about(age: float, began: float) -> Any:
+    """Return what equals an age that was so much at ``began`` (``time.monotonic``), half a second more or less."""
+    passed = (time.monotonic() - began) / 2
+    return pytest.approx(age + passed, abs=0.5 + passed)
 
 
 def queue_poller(server: Redis, parameters: str = "queues=mail,reports") -> Poller:
@@ -114,27 +122,29 @@ def test_the_oldest_jobs_age_runs_from_its_publishing(
     broker: redis_client.Redis, redis_server: Redis, measured: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The age of a queue is that of its first job, by the time at which that was published."""
+    began = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(celery_hooks, "time", clock(-42.0))
         celery_app.send.apply_async()
     celery_app.send.apply_async()
     values = poll(queue_poller(redis_server))
-    assert values[AGE.name, "mail", "0"] == pytest.approx(42.0, abs=0.5)
+    assert values[AGE.name, "mail", "0"] == about(42.0, began)
     assert values[AGE.name, "mail", "3"] == 0.0
     broker.rpop("mail")
-    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == pytest.approx(0.0, abs=0.5)
+    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == about(0.0, began)
 
 
 def test_a_large_job_tells_its_age_too(
     broker: redis_client.Redis, redis_server: Redis, measured: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job of several hundred kilobytes, whose arguments look like our header, is aged by the real header."""
+    began = time.monotonic()
     monkeypatch.setattr(celery_hooks, "time", clock(-42.0))
     decoy = f'"{adapter.ENQUEUED_AT}": 1.0 '
     celery_app.app.send_task("jobs.send", args=[decoy * 20_000])
     monkeypatch.undo()
     assert broker.lrange("mail", 0, 0)[0].count(b"") > 500_000
-    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == pytest.approx(42.0, abs=0.5)
+    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == about(42.0, began)
 
 
 @pytest.mark.parametrize(("seconds", "age"), [(-10.0, 10.0), (100.0, 0.0)])
@@ -147,10 +157,11 @@ def test_a_delayed_job_ages_from_when_it_is_due(
     age: float,
 ) -> None:
     """A job with an eta begins to age at that time and not before."""
+    began = time.monotonic()
     monkeypatch.setattr(celery_hooks, "time", clock(-42.0))
     celery_app.send.apply_async(eta=datetime.now(UTC) + timedelta(seconds=seconds))
     monkeypatch.undo()
-    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == pytest.approx(age, abs=0.5)
+    assert poll(queue_poller(redis_server))[AGE.name, "mail", "0"] == about(age, began)
 
 
 def test_a_job_without_our_header_ages_from_the_first_sight_of_it(
@@ -161,9 +172,10 @@ def test_a_job_without_our_header_ages_from_the_first_sight_of_it(
     celery_app.send.apply_async()
     poller = queue_poller(redis_server)
     key = (AGE.name, "mail", "0")
+    began = time.monotonic()
     assert poll(poller)[key] == 0.0
     monkeypatch.setattr(adapter, "time", clock(7.0))
-    assert poll(poller)[key] == pytest.approx(7.0, abs=0.5)
+    assert poll(poller)[key] == about(7.0, began)
     broker.rpop("mail")
     assert poll(poller)[key] == 0.0
 
@@ -189,12 +201,15 @@ def test_a_poll_takes_the_broker_little_time(broker: redis_client.Redis, redis_s
         broker.lpush(key, *["x" * 500] * 10_000)
     poller = queue_poller(redis_server)
     poll(poller)
-    broker.config_resetstat()
-    poll(poller)
-    stats = broker.info("commandstats")
-    used = {name.removeprefix("cmdstat_"): row["usec"] for name, row in stats.items()}
-    assert {"llen", "lindex", "hlen"} <= used.keys() <= {"llen", "lindex", "hlen", "config|resetstat", "info"}
-    assert sum(used[name] for name in ("llen", "lindex", "hlen")) < 1_000
+    took = []
+    for _ in range(5):  # Redis tells the time that passed, also while it had to wait for the processor
+        broker.config_resetstat()
+        poll(poller)
+        stats = broker.info("commandstats")
+        used = {name.removeprefix("cmdstat_"): row["usec"] for name, row in stats.items()}
+        assert {"llen", "lindex", "hlen"} <= used.keys() <= {"llen", "lindex", "hlen", "config|resetstat", "info"}
+        took.append(sum(used[name] for name in ("llen", "lindex", "hlen")))
+    assert min(took) < 1_000, took
 
 
 def test_a_broker_that_is_down_is_an_error_at_once_and_one_that_returns_is_polled_again(tmp_path: Path) -> None:
@@ -203,11 +218,13 @@ def test_a_broker_that_is_down_is_an_error_at_once_and_one_that_returns_is_polle
     with Redis(tmp_path / "first", port=port):
         poller = poller_for(f"celery+redis://127.0.0.1:{port}/0?queues=mail")
         assert poll(poller)[DEPTH.name, "mail", "0"] == 0.0
-    for _ in range(2):
+    took = []
+    for _ in range(4):
         started = time.monotonic()
         with pytest.raises(redis_client.RedisError):
             poller.poll()
-        assert time.monotonic() - started < 0.5
+        took.append(time.monotonic() - started)
+    assert min(took[:2]) < 0.5 and min(took[2:]) < 0.5, took
     with Redis(tmp_path / "second", port=port) as server:
         redis_client.Redis.from_url(server.url).lpush("mail", "{}")
         assert poll(poller)[DEPTH.name, "mail", "0"] == 1.0
@@ -217,10 +234,13 @@ def test_a_broker_that_does_not_answer_is_given_up_after_a_second() -> None:
     """A poll of a peer that accepts and stays silent raises after its time-out."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         poller = poller_for(f"celery+redis://127.0.0.1:{silent.getsockname()[1]}/0?queues=mail")
-        started = time.monotonic()
-        with pytest.raises(redis_client.RedisError):
-            poller.poll()
-        assert 0.5 < time.monotonic() - started < 2.0
+        took = []
+        for _ in range(2):
+            started = time.monotonic()
+            with pytest.raises(redis_client.RedisError):
+                poller.poll()
+            took.append(time.monotonic() - started)
+        assert 0.5 < min(took) < 2.0, took
 
 
 @pytest.mark.parametrize(
@@ -334,7 +354,7 @@ def test_a_worker_measures_waits_runs_failures_and_retries(
     celery_app.again.apply_async()
     assert poll(poller)[DEPTH.name, "mail", "0"] == 5.0
     with worker(redis_server, tmp_path) as directory:
-        wait_until(lambda: total(directory, f"{RUNS}_count") == 8.0, 25, "eight runs: 4 + 1 + 3")
+        wait_until(lambda: total(directory, f"{RUNS}_count") == 8.0, 60, "eight runs: 4 + 1 + 3")
         took = time.time() - published
         values = poll(poller)
         assert {value for key, value in values.items() if key[0] in (DEPTH.name, AGE.name)} == {0.0}
@@ -354,9 +374,9 @@ def test_a_worker_measures_waits_runs_failures_and_retries(
         assert 0.3 * 5 < total(directory, f"{WAITS}_sum", **mail) <= 7 * took
 
         celery_app.hold.apply_async()
-        wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 1.0, 10, "a job in progress")
+        wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 1.0, 60, "a job in progress")
         broker.lpush(celery_app.GATE, "open")
-        wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 0.0, 10, "no job in progress")
+        wait_until(lambda: poll(poller)[BUSY.name, "_all", "_all"] == 0.0, 60, "no job in progress")
         assert Reader(directory).read().alive == [0, 1, 2], "the main process and its two children, one slot each"
 
 
@@ -367,7 +387,7 @@ def test_a_worker_without_children_measures_itself(
     """The pools that run jobs in the worker's own process claim one slot for it."""
     celery_app.send.apply_async()
     with worker(redis_server, tmp_path, pool) as directory:
-        wait_until(lambda: total(directory, f"{RUNS}_count", headroom_task="jobs.send") == 1.0, 20, "one run")
+        wait_until(lambda: total(directory, f"{RUNS}_count", headroom_task="jobs.send") == 1.0, 60, "one run")
         assert Reader(directory).read().alive == [0]
 
 
@@ -381,9 +401,9 @@ def test_a_run_that_is_cut_short_has_an_error_type_that_says_how(
     celery_app.die.apply_async()
     celery_app.leave.apply_async()
     with worker(redis_server, tmp_path) as directory:
-        wait_until(lambda: total(directory, f"{RUNS}_count") == 4.0, 30, "four runs")
+        wait_until(lambda: total(directory, f"{RUNS}_count") == 4.0, 60, "four runs")
         celery_app.send.apply_async()
-        wait_until(lambda: total(directory, f"{RUNS}_count", error_type="") == 1.0, 20, "a run by a new child")
+        wait_until(lambda: total(directory, f"{RUNS}_count", error_type="") == 1.0, 60, "a run by a new child")
 
         def run(sample: str, task: str, error: str) -> float:
             names = {"messaging_system": "redis", "messaging_destination_name": "mail"}
@@ -413,13 +433,13 @@ def test_a_worker_says_which_queues_it_takes_jobs_from(
 
     process.start()
     try:
-        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 1.0), 25, "both queues")
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 1.0), 60, "both queues")
         # What is said before the worker listens is said to nobody.
-        wait_until(lambda: bool(celery_app.app.control.ping(timeout=0.5)), 25, "the worker to take orders")
+        wait_until(lambda: bool(celery_app.app.control.ping(timeout=0.5)), 60, "the worker to take orders")
         celery_app.app.control.cancel_consumer("reports")
-        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 0.0), 10, "the order to leave one")
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (1.0, 0.0), 60, "the order to leave one")
         kill(process)
-        wait_until(lambda: (consumers("mail"), consumers("reports")) == (None, None), 10, "all to be dead")
+        wait_until(lambda: (consumers("mail"), consumers("reports")) == (None, None), 60, "all to be dead")
     except TimeoutError as error:
         error.add_note(process.tail(40))
         raise

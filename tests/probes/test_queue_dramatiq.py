@@ -74,8 +74,8 @@ def test_a_worker_measures_waits_runs_failures_retries_and_time_limits(
         return count(measured, f"{RUNS}_count", **MAIL, headroom_task=actor, error_type=error)
 
     with worker(subject):
-        wait_until(lambda: count(measured, f"{RUNS}_count") == 8.0, 30, "eight runs: 2 + 3 + 1 + 1 + 1")
-        wait_until(lambda: state(subject)["headroom_queue_in_progress"] == 0.0, 5, "the last acknowledgement")
+        wait_until(lambda: count(measured, f"{RUNS}_count") == 8.0, 60, "eight runs: 2 + 3 + 1 + 1 + 1")
+        wait_until(lambda: state(subject)["headroom_queue_in_progress"] == 0.0, 60, "the last acknowledgement")
     assert (runs("kit", ""), runs("kit", "ConnectionError"), runs("kit", "ValueError")) == (3.0, 2.0, 1.0)
     assert (runs("sleep", "TimeLimitExceeded"), runs("old", "SkipMessage")) == (1.0, 1.0)
     assert 0.2 <= count(measured, f"{RUNS}_sum", headroom_task="sleep") < 5.0
@@ -87,11 +87,11 @@ def test_a_worker_measures_waits_runs_failures_retries_and_time_limits(
 
 def test_a_delay_is_no_wait_and_its_end_no_publishing(subject: DramatiqOnRedis, measured: Writer) -> None:
     """A message that is sent with a delay waits from when it is due, and is published once."""
-    subject.publish_later(0.8)
+    subject.publish_later(2.5)
     assert state(subject)["headroom_queue_delayed"] == 1.0
     with worker(subject):
-        wait_until(lambda: count(measured, f"{RUNS}_count") == 1.0, 30, "the run")
-    assert count(measured, f"{WAITS}_sum") < 0.6
+        wait_until(lambda: count(measured, f"{RUNS}_count") == 1.0, 60, "the run")
+    assert count(measured, f"{WAITS}_sum") < 2.0
     assert count(measured, f"{PUBLISHING}_count") == 1.0
 
 
@@ -126,7 +126,7 @@ def test_a_request_and_the_runs_of_its_message_are_one_trace(subject: DramatiqOn
         with traces.tracer.start_as_current_span("request"):
             dramatiq_app.kit.send_with_options(args=(str(subject.folder), "again"), delay=20)
         with worker(subject):
-            wait_until(lambda: count(measured, f"{RUNS}_count") == 3.0, 30, "three tries")
+            wait_until(lambda: count(measured, f"{RUNS}_count") == 3.0, 60, "three tries")
         traces.assert_runs("request", attempts=3)
     subject.publish()
     assert TRACE not in json.loads(subject.client.hvals("dramatiq:mail.msgs")[0])["options"]

@@ -81,7 +81,7 @@ def test_the_age_is_that_of_the_oldest_message_that_was_not_read(broker: MockKaf
             found.extend(value for metric, _, value in poller.poll() if metric.name == AGE)
             return bool(found)
 
-        wait_until(told, 10, "an age")
+        wait_until(told, 60, "an age")
         return found[0]
 
     for offsets, expected in (({"p0": 0}, 100), ({"p0": 1}, 70), ({"p0": 1, "p1": 1}, 50)):
@@ -124,9 +124,9 @@ def test_a_broker_that_ends_is_a_gap(tmp_path: Path) -> None:
         commit(own, "g", "mail", p0=0)
         queue = PolledQueue(f"kafka://{own.address}?groups=g&topics=mail", interval=0.05)
         queue.start()
-        wait_until(lambda: [v for m, _, v in queue.rows() if m.name == DEPTH] == [3.0], 10, "the depth")
+        wait_until(lambda: [v for m, _, v in queue.rows() if m.name == DEPTH] == [3.0], 60, "the depth")
         own.kill()
-        wait_until(lambda: queue.up is False, 15, "the failure")
+        wait_until(lambda: queue.up is False, 60, "the failure")
         assert queue.rows() == []
         queue.stop()
 

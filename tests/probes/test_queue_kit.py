@@ -20,6 +20,8 @@ from tests.support.queue_jobs import marks
 from tests.support.queue_kit import Polled, Subject, kill, sleep_until, total
 from tests.support.queue_subjects import SLOW, SUBJECTS
 
+pytestmark = pytest.mark.timeout(300)  # workers start, on a machine that may be busy
+
 DEPTH, AGE, BUSY = catalog.QUEUE_DEPTH, catalog.QUEUE_OLDEST_AGE, catalog.QUEUE_IN_PROGRESS
 CONSUMERS, DELAYED, FAILED = catalog.QUEUE_CONSUMERS, catalog.QUEUE_DELAYED, catalog.QUEUE_FAILED
 
@@ -84,8 +86,8 @@ def test_depth_is_the_truth_at_each_poll(subject: Subject) -> None:
         assert before >= counted >= after
     assert all(earlier[1] >= later[1] for earlier, later in itertools.pairwise(polls))
     if CONSUMERS in subject.sees:  # what a worker held comes back when the broker has noticed its end
-        wait_until(lambda: polled(CONSUMERS) == 0.0, 10, "no worker")
-    wait_until(lambda: polled.depth() == subject.truth(), 5, "the worker's last job")
+        wait_until(lambda: polled(CONSUMERS) == 0.0, 60, "no worker")
+    wait_until(lambda: polled.depth() == subject.truth(), 60, "the worker's last job")
     subject.purge()
     assert polled.depth() == subject.truth() == 0
 
@@ -121,11 +123,11 @@ def test_jobs_in_progress_are_counted_until_they_end(subject: Subject) -> None:
     polled = Polled(subject)
     subject.publish(kind="hold")
     with subject.worker():
-        wait_until(lambda: marks(subject.folder / "holding") == 1, 25, "the job to begin")
+        wait_until(lambda: marks(subject.folder / "holding") == 1, 60, "the job to begin")
         values = polled.values()
         assert (values[BUSY], values[DEPTH]) == (1.0, 0.0)
         (subject.folder / "gate").touch()
-        wait_until(lambda: polled(BUSY) == 0.0, 10, "the job to end")
+        wait_until(lambda: polled(BUSY) == 0.0, 60, "the job to end")
 
 
 def test_consumers_are_counted(subject: Subject) -> None:
@@ -146,10 +148,10 @@ def test_consumers_are_counted(subject: Subject) -> None:
 
     assert consumers() == 0.0
     with subject.worker() as worker:
-        wait_until(lambda: consumers() == 1.0, 25, "the worker")
+        wait_until(lambda: consumers() == 1.0, 60, "the worker")
         if CONSUMERS in subject.tells:
             kill(worker)
-    wait_until(lambda: consumers() == 0.0, 10, "no worker")
+    wait_until(lambda: consumers() == 0.0, 60, "no worker")
 
 
 def test_delayed_jobs_are_no_backlog(subject: Subject) -> None:
@@ -161,10 +163,11 @@ def test_delayed_jobs_are_no_backlog(subject: Subject) -> None:
     assert (values[DELAYED], values[DEPTH], values[AGE]) == (1.0, 0.0, 0.0)
     if not subject.tells_due:
         return
+    began = time.monotonic()
     subject.publish_later(-30)
     values = polled.values()
     assert (values[DELAYED], values[DEPTH]) == (1.0, 1.0)
-    assert values[AGE] == pytest.approx(30.0, abs=1.5)
+    assert 28.5 <= values[AGE] <= 31.5 + time.monotonic() - began
 
 
 def test_killed_workers_leave_no_drift(subject: Subject) -> None:
@@ -175,15 +178,15 @@ def test_killed_workers_leave_no_drift(subject: Subject) -> None:
     subject.publish(kind="hold")
     subject.publish(jobs)
     with subject.worker() as worker:
-        wait_until(lambda: marks(subject.folder / "holding") == 1, 25, "the job to begin")
+        wait_until(lambda: marks(subject.folder / "holding") == 1, 60, "the job to begin")
         assert polled.depth() == subject.truth() == jobs + subject.running_count
         kill(worker)
-        wait_until(lambda: polled.depth() == subject.truth(), 5, "the broker to notice")
+        wait_until(lambda: polled.depth() == subject.truth(), 60, "the broker to notice")
         assert polled.depth() in (jobs, jobs + 1), "the job that was lost is ready again, or with the broker"
     (subject.folder / "gate").touch()  # a job that comes again does not wait
     with subject.worker():
         wait_until(lambda: marks(subject.folder / "done") >= jobs, 60, "the other jobs")
-        wait_until(lambda: polled.depth() == subject.truth() == 0, 10, "an empty queue")
+        wait_until(lambda: polled.depth() == subject.truth() == 0, 60, "an empty queue")
 
 
 def test_retries_leave_no_drift(subject: Subject) -> None:
@@ -192,8 +195,8 @@ def test_retries_leave_no_drift(subject: Subject) -> None:
     subject.publish(kind="again")
     subject.publish(5)
     with subject.worker():
-        wait_until(lambda: marks(subject.folder / "done") == 6, 40, "all six jobs")
-        wait_until(lambda: polled.depth() == subject.truth() == 0, 10, "an empty queue")
+        wait_until(lambda: marks(subject.folder / "done") == 6, 60, "all six jobs")
+        wait_until(lambda: polled.depth() == subject.truth() == 0, 60, "an empty queue")
     assert marks(subject.folder / "attempts") == 2
 
 
@@ -208,7 +211,7 @@ def test_workers_measure_waits_and_runs(subject: Subject) -> None:
     store = subject.folder / "store"
     names = {"messaging_system": subject.system, "messaging_destination_name": "mail"}
     with subject.worker():
-        wait_until(lambda: total(store, f"{catalog.PROCESS_DURATION.name}_count", **names) == 4.0, 40, "four runs")
+        wait_until(lambda: total(store, f"{catalog.PROCESS_DURATION.name}_count", **names) == 4.0, 60, "four runs")
         took = time.time() - published
     assert total(store, f"{catalog.PROCESS_DURATION.name}_count", **names, error_type="ValueError") == 1.0
     assert total(store, f"{catalog.QUEUE_WAIT.name}_count", **names) == 4.0
@@ -230,11 +233,12 @@ def test_several_sidecars_see_the_same_and_change_nothing(subject: Subject) -> N
     subject.publish(5)
     first, second = Polled(subject), Polled(subject)
     for _ in range(3):
+        began = time.monotonic()
         one, two = first.values(), second.values()
         assert one.keys() == two.keys() == subject.sees
         assert one[DEPTH] == two[DEPTH] == subject.truth() == 5
         ages = [values.pop(AGE, 0.0) for values in (one, two)]
-        assert ages[0] == pytest.approx(ages[1], abs=0.5)
+        assert -0.01 <= ages[1] - ages[0] <= time.monotonic() - began + 0.01
         assert one == two
 
 
@@ -245,15 +249,15 @@ def test_a_broker_that_is_down_is_a_gap_and_comes_back(subject: Subject) -> None
     queue = PolledQueue(subject.url, interval=0.05)
     queue.start()
     try:
-        wait_until(lambda: depth(queue) == 9.0, 10, "the depth")
+        wait_until(lambda: depth(queue) == 9.0, 60, "the depth")
         subject.forget()
         subject.server.stop()
-        wait_until(lambda: queue.up is False, 15, "the failure")
+        wait_until(lambda: queue.up is False, 60, "the failure")
         assert queue.rows() == []
         subject.server.start()
         subject.start() if subject.system == "redis" else None  # this Redis keeps nothing, RabbitMQ keeps its jobs
         expected = float(subject.truth())
-        wait_until(lambda: depth(queue) == expected, 20, "the recovery")
+        wait_until(lambda: depth(queue) == expected, 60, "the recovery")
         assert expected == (0.0 if subject.system == "redis" else 9.0)
     finally:
         queue.stop()

@@ -71,13 +71,15 @@ async def test_statements_are_timed_and_counted(writer: Writer, engine: AsyncEng
     books = Ledger("GET")
     ledger.current.set(books)
     async with engine.connect() as connection:
+        began = time.perf_counter()
         await connection.execute(text("select 1"))
         await connection.execute(text("select pg_sleep(0.1)"))
+        took = time.perf_counter() - began
         await connection.commit()
     books.finish(time.perf_counter())
     assert counts(writer) == {("postgresql", "SELECT", ""): 2, ("postgresql", "COMMIT", ""): 1}
     slow = writer.value(f"{DURATION}_sum", db_system_name="postgresql", db_operation_name="SELECT", error_type="")
-    assert slow == pytest.approx(0.1, abs=0.04)
+    assert 0.1 <= slow <= took
     assert books.queries == 2
     assert books.seconds[DB] >= 0.1
     assert books.waits == []

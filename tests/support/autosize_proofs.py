@@ -41,8 +41,10 @@ def start(number: int, directory: Path, postgres: Postgres, seed: int) -> subpro
     )  # fmt: skip
 
 
-def kill_at_random(directory: Path, postgres: Postgres, *, seconds: float, seed: int) -> Outcome:
-    """Kill and restart workers for a while, then let all rest and ask them and the server what is open."""
+def kill_at_random(
+    directory: Path, postgres: Postgres, *, seconds: float, seed: int, kills_at_least: int = 0
+) -> Outcome:
+    """Kill and restart workers for a while and so often at least, then let all rest and ask what is open."""
     rng = random.Random(seed)
     engine = create_engine(postgres.url(driver="psycopg"), isolation_level="AUTOCOMMIT")
     stop, seen = threading.Event(), []
@@ -60,7 +62,7 @@ def kill_at_random(directory: Path, postgres: Postgres, *, seconds: float, seed:
         for worker in workers:
             _expect(worker, "ready")
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while time.monotonic() < until or kills < kills_at_least:
             time.sleep(rng.random() * 2)
             victim = rng.randrange(WORKERS)
             workers[victim].kill()

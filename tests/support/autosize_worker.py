@@ -41,8 +41,11 @@ def _listen() -> None:
 
 
 def report(sizing: Any) -> None:
-    """Tell how many places the pool has, and wait to be killed."""
+    """Tell how many places the pool has when nothing of it is in use or closing any more, and wait to be killed."""
     time.sleep(0.5)
+    deadline = time.monotonic() + 20
+    while (sizing.sizing._resizer.used or sizing.sizing._resizer.closing) and time.monotonic() < deadline:
+        time.sleep(0.02)
     resizer = sizing.sizing._resizer
     print(f"{resizer.places} {resizer.used} {resizer.closing}", flush=True)
     sys.stdin.readline()

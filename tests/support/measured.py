@@ -96,7 +96,7 @@ def uvicorn_serving(
         thread.join()
 
 
-def eventually(holds: Callable[[], Any], seconds: float = 5.0) -> None:
+def eventually(holds: Callable[[], Any], seconds: float = 40.0) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -120,7 +120,7 @@ class RQ(OnRedis):
         with super().worker() as process:
             yield process
             if process.running:
-                wait_until(self._all_listen, 25, "the worker to heed signals")
+                wait_until(self._all_listen, 60, "the worker to heed signals")
 
     def _all_listen(self) -> bool:
         return all(worker.get_state() in ("idle", "busy") for worker in rq.Worker.all(connection=self.client))

@@ -32,13 +32,13 @@ class Scrape:
         return {have[label] for n, have, _ in self.samples if n == name and label in have}
 
 
-def scrape(url: str, timeout: float = 5.0) -> Scrape:
+def scrape(url: str, timeout: float = 30.0) -> Scrape:
     """Scrape ``url`` (an exporter's root) once."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=timeout) as response:
         return Scrape(response.read().decode())
 
 
-def scrape_until(url: str, condition: Callable[[Scrape], bool], seconds: float = 10.0) -> Scrape:
+def scrape_until(url: str, condition: Callable[[Scrape], bool], seconds: float = 60.0) -> Scrape:
     """Scrape until the condition holds and return that scrape; AssertionError with the last text otherwise."""
     deadline = time.monotonic() + seconds
     text = "nothing was scraped"

@@ -33,7 +33,7 @@ class Serving:
         """Return everything the server has written."""
         return self.process.tail(10_000)
 
-    def get(self, path: str, timeout: float = 10.0) -> str:
+    def get(self, path: str, timeout: float = 60.0) -> str:
         """Return the body of a response. Raises urllib.error.HTTPError for an error status."""
         with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
             return str(response.read().decode())
@@ -66,7 +66,7 @@ def serve(
             env=variables,
             ready=lambda: accepts(port),
         )
-        process.start()
+        process.start(timeout=60)
         try:
             yield Serving(process, port, directory)
         finally:

@@ -66,7 +66,7 @@ def test_a_worker_measures_waits_runs_failures_retries_and_time_outs(subject: Ar
         return total(store, f"{RUNS}_count", **MAIL, headroom_task=task, error_type=error)
 
     with subject.worker():
-        wait_until(lambda: total(store, f"{RUNS}_count") == 8.0, 30, "eight runs: 2 + 3 + 1 + 1 + 1")
+        wait_until(lambda: total(store, f"{RUNS}_count") == 8.0, 60, "eight runs: 2 + 3 + 1 + 1 + 1")
         assert (runs("kit", ""), runs("kit", "Retry"), runs("kit", "ValueError")) == (3.0, 2.0, 1.0)
         assert (runs("sleep", "TimeoutError"), runs("nobody", "JobExecutionFailed")) == (1.0, 1.0)
         assert 0.2 <= total(store, f"{RUNS}_sum", headroom_task="sleep") < 2.0
@@ -79,16 +79,16 @@ def test_a_wait_runs_from_when_a_job_is_due(subject: Arq) -> None:
     """Neither a schedule, nor the time of a retry that is due later, nor an earlier try counts as waiting."""
 
     async def enqueue(client: ArqRedis) -> None:
-        await client.enqueue_job("later", 0.6)
-        await client.enqueue_job("kit", str(subject.folder), _defer_by=timedelta(seconds=0.6))
+        await client.enqueue_job("later", 2.0)
+        await client.enqueue_job("kit", str(subject.folder), _defer_by=timedelta(seconds=2.0))
         await client.enqueue_job("sleep", 0.15)
 
     store = subject.folder / "store"
     with subject.worker():
-        wait_until(lambda: (subject.folder / "store").exists(), 20, "the worker")
+        wait_until(lambda: (subject.folder / "store").exists(), 60, "the worker")
         subject.with_client(enqueue)
-        wait_until(lambda: total(store, f"{WAITS}_count", **MAIL) == 4.0, 20, "four runs")
-        assert total(store, f"{WAITS}_sum", **MAIL) < 0.6
+        wait_until(lambda: total(store, f"{WAITS}_count", **MAIL) == 4.0, 60, "four runs")
+        assert total(store, f"{WAITS}_sum", **MAIL) < 2.0
 
 
 async def test_what_is_aborted_or_given_back_is_told_apart(subject: Arq, measured: Writer) -> None:
@@ -112,16 +112,21 @@ async def test_what_is_aborted_or_given_back_is_told_apart(subject: Arq, measure
 
     first = worker()
     running = asyncio.create_task(first.async_run())
+    waited, began = 0.0, time.monotonic()
     job = await client.enqueue_job("forever")
     assert isinstance(job, Job)
     await started(first)
+    waited += time.monotonic() - began
     assert await job.abort()
     labels = {**MAIL, "headroom_task": "forever"}
     assert measured.value(f"{RUNS}_count", **labels, error_type="CancelledError") == 1.0
     assert measured.value(RETRIES, **labels) == 0.0
 
+    began = time.monotonic()
     await client.enqueue_job("forever")
     await started(first)
+    waited += time.monotonic() - began
+    began = time.monotonic()
     running.cancel()
     await first.close()
     assert measured.value(f"{RUNS}_count", **labels, error_type="CancelledError") == 2.0
@@ -131,10 +136,11 @@ async def test_what_is_aborted_or_given_back_is_told_apart(subject: Arq, measure
     second = worker()
     running = asyncio.create_task(second.async_run())
     await started(second)
+    waited += time.monotonic() - began
     running.cancel()
     await second.close()
     assert measured.value(f"{WAITS}_count", **MAIL) == 3.0
-    assert 0.5 <= measured.value(f"{WAITS}_sum", **MAIL) < 1.0
+    assert 0.5 <= measured.value(f"{WAITS}_sum", **MAIL) <= waited + 0.01
     await client.aclose()
 
 

@@ -62,14 +62,15 @@ async def test_asyncpg_connections_that_the_server_ends(
                 await kill(postgres, pid)
         if not held:
             await kill(postgres, pid)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while pool.get_size():
                 await asyncio.sleep(0.01)
         assert await pool.fetchval("select 1") == 1
         assert writer.value("headroom_pool_invalidations_total", **labels) == 1
         assert writer.value("db_client_connection_create_time_seconds_count", **labels) == 2
-        assert writer.value("db_client_connection_create_time_seconds_sum", **labels) > 0.002
-        assert writer.value("db_client_connection_wait_time_seconds_sum", **labels) < 0.002
+        created = writer.value("db_client_connection_create_time_seconds_sum", **labels)
+        assert created > 0.002
+        assert writer.value("db_client_connection_wait_time_seconds_sum", **labels) < created
         await pool.expire_connections()  # no fault: they are replaced in good order
         assert await pool.fetchval("select 1") == 1
         assert writer.value("headroom_pool_invalidations_total", **labels) == 1
@@ -206,7 +207,7 @@ async def test_a_connection_that_a_request_never_gives_back_is_counted_and_told(
 ) -> None:
     """It is found by route within a look of the threshold, once, while it is still out; a short hold is not."""
     caplog.set_level(logging.WARNING, "fastapi_headroom")
-    probe = OtherPoolsProbe(hold_threshold=0.2)
+    probe = OtherPoolsProbe(hold_threshold=0.6)
     probe.bind(writer)
     pool: Any
     if library == "asyncpg":
@@ -224,7 +225,7 @@ async def test_a_connection_that_a_request_never_gives_back_is_counted_and_told(
     request.finish(time.perf_counter())
     probe.sample()
     assert not caplog.records
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.65)
     for _ in range(2):
         await asyncio.to_thread(probe.sample)
     (record,) = [record.getMessage() for record in caplog.records]

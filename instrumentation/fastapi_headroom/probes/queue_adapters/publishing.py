@@ -56,7 +56,7 @@ class Publication:
     got a queue is not counted. An exception passes through and its time counts.
     """
 
-    __slots__ = ("_outer", "_request", "_started", "publishing", "queue", "system")
+    __slots__ = ("_inner", "_outer", "_request", "_started", "publishing", "queue", "system")
 
     def __init__(self, publishing: Publishing, system: str = "", queue: str | None = None) -> None:
         self.system, self.queue = system, queue
@@ -68,7 +68,8 @@ class Publication:
         self._request = request = ledger.current.get()
         if request is not None:
             request.enter(ledger.PUBLISH)
-            ledger.current.set(_closed(request))
+            self._inner = _closed(request)
+            ledger.current.set(self._inner)
         self._started = time.perf_counter()
         return self
 
@@ -77,9 +78,11 @@ class Publication:
     ) -> None:
         elapsed = time.perf_counter() - self._started
         if self._request is not None:
-            ledger.current.set(self._request)  # not reset(): a thrown away coroutine is closed in another context
+            if ledger.current.get() is self._inner:  # a coroutine that was thrown away is closed in another context
+                ledger.current.set(self._request)
             self._request.leave(ledger.PUBLISH)
-        current.set(self._outer)
+        if current.get() is self:
+            current.set(self._outer)
         if self.queue is not None:
             self.publishing.observe(self.system, self.queue, elapsed)
 
