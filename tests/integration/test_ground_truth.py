@@ -103,16 +103,18 @@ def get(book: Scrape, name: str, **labels: str) -> float:
 def spent(truth: Truth, before: Scrape, route: str, requests: int = 1) -> Stages:
     """Return the seconds that a route's requests spent by stage since a scrape; they sum to the durations."""
     expected = get(before, DURATION + "_count", http_route=route) + requests
-    scrape_until(truth.exporter, lambda book: get(book, DURATION + "_count", http_route=route) >= expected)
-    after = scrape(truth.exporter)  # a scrape reads file after file: that one may have passed the stages before
-    stages = {
-        stage: get(after, STAGE, http_route=route, stage=stage) - get(before, STAGE, http_route=route, stage=stage)
-        for stage in STAGES
-    }
-    duration = get(after, DURATION + "_sum", http_route=route) - get(before, DURATION + "_sum", http_route=route)
-    whole = sum(seconds for stage, seconds in stages.items() if stage != "accept_queue")
-    assert whole == pytest.approx(duration, rel=0.01, abs=0.001 * requests)
-    return stages
+
+    def since(after: Scrape, name: str, **labels: str) -> float:
+        return get(after, name, http_route=route, **labels) - get(before, name, http_route=route, **labels)
+
+    def whole(after: Scrape) -> bool:  # a scrape reads file after file, and may come while a request is written down
+        stages = sum(since(after, STAGE, stage=stage) for stage in STAGES if stage != "accept_queue")
+        duration = since(after, DURATION + "_sum")
+        counted = get(after, DURATION + "_count", http_route=route) >= expected
+        return counted and stages == pytest.approx(duration, rel=0.01, abs=0.001 * requests)
+
+    after = scrape_until(truth.exporter, whole)
+    return {stage: since(after, STAGE, stage=stage) for stage in STAGES}
 
 
 def medians(measured: list[Stages]) -> Stages:
@@ -252,10 +254,12 @@ async def arrivals_during(truth: Truth, seconds: float, hold: str, *, reuse: boo
         return waited
 
     async with truth.client() as client:
+        before = truth.books()
         for number in range(ROUTES if reuse else 0):
             reader, writer = streams[number]
             writer.write(b"GET /ping%d HTTP/1.1\r\nHost: test\r\n\r\n" % number)
             await reader.readuntil(b'"pong"')
+            spent(truth, before, f"/ping{number}")  # it is written down after it is answered
         before = truth.books()
         _, *waited = await asyncio.gather(
             client.get(hold, params={"seconds": seconds}), *(ping(number) for number in range(ROUTES))
@@ -312,7 +316,9 @@ async def test_a_request_over_tls_that_arrives_while_the_loop_is_held(loop: str,
             await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))  # type: ignore[index]
             return time.perf_counter() - began
 
+        before = app.books()
         await get_path(1, "/ping0")
+        spent(app, before, "/ping0")  # it is written down after it is answered
         for _ in range(ATTEMPTS):
             before = app.books()
             holding = asyncio.create_task(get_path(0, "/block?seconds=0.5"))

@@ -53,6 +53,23 @@ class Measured:
         """Return a route's seconds by stage."""
         return {stage: value for (path, stage), value in self.nonzero(STAGE).items() if path == route}
 
+    def requests(self, route: str) -> float:
+        """Return how many requests of a route have a duration."""
+        return sum(value for labels, value in self.nonzero(DURATION + "_count").items() if labels[3] == route)
+
+    def stages_of(self, route: str, requests: float = 1) -> dict[str, float]:
+        """Wait until so many requests have been written down, whole, by the thread of a server; return the seconds.
+
+        By stage, which sum to the durations, but for the wait before these, ``accept_queue``.
+        """
+
+        def whole() -> bool:
+            stages = sum(seconds for stage, seconds in self.stages(route).items() if stage != "accept_queue")
+            return self.requests(route) >= requests and abs(stages - self.seconds(route)) < 0.001
+
+        eventually(whole)
+        return self.stages(route)
+
     def seconds(self, route: str) -> float:
         """Return the sum of a route's durations."""
         return sum(value for labels, value in self.nonzero(DURATION + "_sum").items() if labels[3] == route)
