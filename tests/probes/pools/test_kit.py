@@ -68,7 +68,7 @@ def counts(writer: Writer, library: Library) -> tuple[float, float]:
 
 async def warm(library: Library, pool: Any, connections: int = 2) -> None:
     """Open connections, so that none is made while something is timed."""
-    await asyncio.gather(*(library.hold(pool, 0.02) for _ in range(connections)))
+    await asyncio.gather(*(library.hold(pool, 0.05) for _ in range(connections)))
 
 
 async def until(condition: Any, seconds: float = 5.0) -> None:
