@@ -28,8 +28,8 @@ pytestmark = pytest.mark.alone
 
 REPEATS = 3
 """Measurements whose median counts."""
-ATTEMPTS = 4
-"""Times that they are taken anew when other processes had the CPU meanwhile."""
+ATTEMPTS = 6
+"""Times that they are taken at most: a machine that stood still spoils some of them, code that is wrong spoils all."""
 STAGE = "headroom_request_stage_seconds_total"
 DURATION = "http_server_request_duration_seconds"
 LATENCY = "headroom_request_latency_seconds_sum"
@@ -103,16 +103,18 @@ def get(book: Scrape, name: str, **labels: str) -> float:
 def spent(truth: Truth, before: Scrape, route: str, requests: int = 1) -> Stages:
     """Return the seconds that a route's requests spent by stage since a scrape; they sum to the durations."""
     expected = get(before, DURATION + "_count", http_route=route) + requests
-    scrape_until(truth.exporter, lambda book: get(book, DURATION + "_count", http_route=route) >= expected)
-    after = scrape(truth.exporter)  # a scrape reads file after file: that one may have passed the stages before
-    stages = {
-        stage: get(after, STAGE, http_route=route, stage=stage) - get(before, STAGE, http_route=route, stage=stage)
-        for stage in STAGES
-    }
-    duration = get(after, DURATION + "_sum", http_route=route) - get(before, DURATION + "_sum", http_route=route)
-    whole = sum(seconds for stage, seconds in stages.items() if stage != "accept_queue")
-    assert whole == pytest.approx(duration, rel=0.01, abs=0.001 * requests)
-    return stages
+
+    def since(after: Scrape, name: str, **labels: str) -> float:
+        return get(after, name, http_route=route, **labels) - get(before, name, http_route=route, **labels)
+
+    def whole(after: Scrape) -> bool:  # a scrape reads file after file, and may come while a request is written down
+        stages = sum(since(after, STAGE, stage=stage) for stage in STAGES if stage != "accept_queue")
+        duration = since(after, DURATION + "_sum")
+        counted = get(after, DURATION + "_count", http_route=route) >= expected
+        return counted and stages == pytest.approx(duration, rel=0.01, abs=0.001 * requests)
+
+    after = scrape_until(truth.exporter, whole)
+    return {stage: since(after, STAGE, stage=stage) for stage in STAGES}
 
 
 def medians(measured: list[Stages]) -> Stages:
@@ -121,28 +123,13 @@ def medians(measured: list[Stages]) -> Stages:
 
 
 async def until_true(holds: Callable[[Stages], bool], measure: Callable[[], Awaitable[Stages]]) -> Stages:
-    """Measure anew while the median does not hold and this process itself was kept from its CPU; return the last."""
+    """Measure anew while the medians do not hold, a few times at most; return the last ones."""
     for _ in range(ATTEMPTS):
-        late = asyncio.create_task(_lateness())
         found = medians([await measure() for _ in range(REPEATS)])
-        late.cancel()
-        disturbed = await late
         print({stage: round(1e3 * seconds, 1) for stage, seconds in found.items() if seconds}, "ms")
-        if holds(found) or disturbed < 0.02:
+        if holds(found):
             break
     return found
-
-
-async def _lateness() -> float:
-    """Return by how many seconds a timer of this process was late at worst, once cancelled."""
-    worst = 0.0
-    while True:
-        began = time.perf_counter()
-        try:
-            await asyncio.sleep(0.002)
-        except asyncio.CancelledError:
-            return worst
-        worst = max(worst, time.perf_counter() - began - 0.002)
 
 
 async def waiting_while(truth: Truth, kind: str, seconds: float, other: str) -> Stages:
@@ -172,7 +159,7 @@ async def test_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth, holder: str) -
 async def test_a_wait_of_1_s_with_a_hold_of_500_ms_inside(app: Truth) -> None:
     """A query of 1 s whose answer comes after a hold of 500 ms has ended: under 20 ms loop_blocked."""
     stages = await until_true(
-        lambda found: found["loop_blocked"] < 0.02,
+        lambda found: found["loop_blocked"] < 0.02 and 0.97 <= found["db"] < 1.1,
         lambda: waiting_while(app, "tcp", 1.0, "/hold?seconds=0.5&after=0.2"),
     )
     assert stages["loop_blocked"] < 0.02, stages
@@ -182,7 +169,7 @@ async def test_a_wait_of_1_s_with_a_hold_of_500_ms_inside(app: Truth) -> None:
 async def test_a_wait_of_500_ms_with_ten_holds_of_40_ms(app: Truth) -> None:
     """A query of 500 ms during which the loop is held ten times for 40 ms: under 50 ms loop_blocked."""
     stages = await until_true(
-        lambda found: found["loop_blocked"] < 0.05,
+        lambda found: found["loop_blocked"] < 0.05 and 0.46 <= found["db"] < 0.6,
         lambda: waiting_while(app, "tcp", 0.5, "/hold?seconds=0.04&times=10&after=0.008"),
     )
     assert stages["loop_blocked"] < 0.05, stages
@@ -193,7 +180,7 @@ async def test_a_wait_of_500_ms_with_ten_holds_of_40_ms(app: Truth) -> None:
 async def test_a_wait_of_5_ms_under_50_tasks_of_2_ms_steps(app: Truth, of: str) -> None:
     """A query of 5 ms on a loop that is busy with 50 tasks of 2 ms steps, a request's or nobody's: under 20 ms db."""
     stages = await until_true(
-        lambda found: found["db"] < 0.02,
+        lambda found: found["db"] < 0.02 and found["loop_blocked"] > 0.1,
         lambda: waiting_while(app, "tcp", 0.005, f"/crowd?of={of}"),
     )
     assert stages["db"] < 0.02, stages
@@ -214,7 +201,7 @@ async def test_redis_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth) -> None:
 async def test_redis_a_wait_of_1_s_with_a_hold_of_500_ms_inside(app: Truth) -> None:
     """A Redis command of 1 s whose answer comes after a hold of 500 ms has ended: under 20 ms loop_blocked."""
     stages = await until_true(
-        lambda found: found["loop_blocked"] < 0.02,
+        lambda found: found["loop_blocked"] < 0.02 and 0.97 <= found["cache"] < 1.1,
         lambda: waiting_while(app, "redis", 1.0, "/hold?seconds=0.5&after=0.2"),
     )
     assert stages["loop_blocked"] < 0.02, stages
@@ -225,7 +212,11 @@ async def test_unix_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth) -> None:
     """Behind a Unix socket, where the kernel does not tell, the wait inside the hold counts as blocked: db under 70 ms,
     and the two together are right."""
     stages = await until_true(
-        lambda found: found["db"] <= 0.07 and 0.43 <= found["loop_blocked"] <= 0.52,
+        lambda found: (
+            found["db"] <= 0.07
+            and 0.43 <= found["loop_blocked"] <= 0.52
+            and 0.47 <= found["db"] + found["loop_blocked"] <= 0.55
+        ),
         lambda: waiting_while(app, "unix", 0.05, "/hold?seconds=0.5"),
     )
     assert stages["db"] <= 0.07, stages
@@ -236,7 +227,7 @@ async def test_unix_a_wait_of_50_ms_under_a_hold_of_500_ms(app: Truth) -> None:
 async def test_unix_a_wait_of_1_s_with_a_hold_of_500_ms_inside(app: Truth) -> None:
     """Behind a Unix socket, too, a hold that ended before the answer came is not blamed: under 20 ms loop_blocked."""
     stages = await until_true(
-        lambda found: found["loop_blocked"] < 0.02,
+        lambda found: found["loop_blocked"] < 0.02 and 0.97 <= found["db"] < 1.1,
         lambda: waiting_while(app, "unix", 1.0, "/hold?seconds=0.5&after=0.2"),
     )
     assert stages["loop_blocked"] < 0.02, stages
@@ -263,10 +254,12 @@ async def arrivals_during(truth: Truth, seconds: float, hold: str, *, reuse: boo
         return waited
 
     async with truth.client() as client:
+        before = truth.books()
         for number in range(ROUTES if reuse else 0):
             reader, writer = streams[number]
             writer.write(b"GET /ping%d HTTP/1.1\r\nHost: test\r\n\r\n" % number)
             await reader.readuntil(b'"pong"')
+            spent(truth, before, f"/ping{number}")  # it is written down after it is answered
         before = truth.books()
         _, *waited = await asyncio.gather(
             client.get(hold, params={"seconds": seconds}), *(ping(number) for number in range(ROUTES))
@@ -284,15 +277,13 @@ async def arrivals_during(truth: Truth, seconds: float, hold: str, *, reuse: boo
 async def check_arrivals(truth: Truth, seconds: float, hold: str = "/block", *, reuse: bool) -> None:
     """Check that each request's wait is found within 50 ms."""
     for _ in range(ATTEMPTS):
-        late = asyncio.create_task(_lateness())
         found = await arrivals_during(truth, seconds, hold, reuse=reuse)
-        late.cancel()
-        disturbed = await late
+        held = all(waited > seconds - 0.05 - 0.03 * ROUTES - 0.05 for waited, _, _ in found)
         wrong = [each for each in found if abs(each[0] - each[1]) > 0.05 or abs(each[0] - each[2]) > 0.05]
         print([tuple(round(1e3 * one) for one in each) for each in found], "ms")
-        if not wrong or disturbed < 0.02:
+        if held and not wrong:
             break
-    assert all(waited > seconds - 0.05 - 0.03 * ROUTES - 0.05 for waited, _, _ in found), "the loop was not held"
+    assert held, "the loop was not held"
     assert not wrong, "client waited, accept_queue, latency"
 
 
@@ -325,17 +316,23 @@ async def test_a_request_over_tls_that_arrives_while_the_loop_is_held(loop: str,
             await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))  # type: ignore[index]
             return time.perf_counter() - began
 
-        await get_path(1, "/ping0")
         before = app.books()
-        holding = asyncio.create_task(get_path(0, "/block?seconds=0.5"))
-        await asyncio.sleep(0.1)
-        waited = await get_path(1, "/ping0")
-        await holding
-        stages = spent(app, before, "/ping0")
+        await get_path(1, "/ping0")
+        spent(app, before, "/ping0")  # it is written down after it is answered
+        for _ in range(ATTEMPTS):
+            before = app.books()
+            holding = asyncio.create_task(get_path(0, "/block?seconds=0.5"))
+            await asyncio.sleep(0.1)
+            waited = await get_path(1, "/ping0")
+            await holding
+            queued = spent(app, before, "/ping0")["accept_queue"]
+            print(round(1e3 * waited), round(1e3 * queued), "ms")
+            if waited > 0.3 and abs(queued - waited) <= 0.05:
+                break
         for _, writer in streams:
             writer.close()
-    assert waited > 0.3
-    assert stages["accept_queue"] == pytest.approx(waited, abs=0.05)
+    assert waited > 0.3, "the loop was not held"
+    assert queued == pytest.approx(waited, abs=0.05)
 
 
 @pytest.mark.soak
@@ -350,18 +347,24 @@ async def test_requests_that_arrive_while_the_loop_is_held_for_5_s(loop: str, ht
 
 async def test_a_body_that_comes_late_is_no_queue(app: Truth) -> None:
     """A request whose body comes 300 ms late, with a hold of 100 ms meanwhile, has no more accept_queue than that."""
-    before = app.books()
-    reader, writer = await asyncio.open_connection("127.0.0.1", app.server.port)
-    writer.write(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n")
-    async with app.client() as client:
-        held = asyncio.create_task(client.get("/block", params={"seconds": 0.1}))
-        await asyncio.sleep(0.3)
-        await held
-    writer.write(b"body")
-    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-    writer.close()
-    stages = spent(app, before, "/upload")
-    assert stages["accept_queue"] < 0.15
+
+    async def measure() -> Stages:
+        before = app.books()
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.server.port)
+        writer.write(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n")
+        async with app.client() as client:
+            held = asyncio.create_task(client.get("/block", params={"seconds": 0.1}))
+            await asyncio.sleep(0.3)
+            await held
+        writer.write(b"body")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        return spent(app, before, "/upload")
+
+    stages = await until_true(
+        lambda found: found["accept_queue"] < 0.15 and found["other"] + found["loop_blocked"] >= 0.15, measure
+    )
+    assert stages["accept_queue"] < 0.15, stages
     assert stages["other"] + stages["loop_blocked"] >= 0.15, stages
 
 
@@ -370,10 +373,16 @@ async def test_a_body_that_comes_late_is_no_queue(app: Truth) -> None:
 async def test_computing_behind_a_middleware_is_on_loop(loop: str) -> None:
     """100 ms of CPU in a handler behind an @app.middleware("http") is on_loop."""
     with truth(loop, TRUTH_MIDDLEWARE="1") as app:
-        before = app.books()
-        async with app.client() as client:
-            await client.get("/block", params={"seconds": 0.1})
-        stages = spent(app, before, "/block")
+
+        async def measure() -> Stages:
+            before = app.books()
+            async with app.client() as client:
+                await client.get("/block", params={"seconds": 0.1})
+            return spent(app, before, "/block")
+
+        stages = await until_true(
+            lambda found: 0.1 <= found["on_loop"] < 0.13 and found["loop_blocked"] == 0.0, measure
+        )
     assert 0.1 <= stages["on_loop"] < 0.13, stages
     assert stages["loop_blocked"] == 0.0, stages
 
@@ -390,7 +399,7 @@ async def test_an_exhausted_pool_is_pool_wait(app: Truth) -> None:
             await asyncio.gather(client.get("/wait-for-pool"), *holding)
         return spent(app, before, "/wait-for-pool")
 
-    stages = await until_true(lambda found: 0.25 <= found["pool_wait"] <= 0.35, measure)
+    stages = await until_true(lambda found: 0.25 <= found["pool_wait"] <= 0.35 and found["db"] < 0.03, measure)
     assert 0.25 <= stages["pool_wait"] <= 0.35, stages
     assert stages["db"] < 0.03, stages
 

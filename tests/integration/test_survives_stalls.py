@@ -53,14 +53,14 @@ def test_a_sidecar_answers_while_every_worker_stands_still(tmp_path: Path) -> No
         began, scrapes = time.monotonic(), 0
         try:
             time.sleep(0.3)
-            while time.monotonic() - began < STALL_SECONDS - 0.5:
+            while time.monotonic() - began < STALL_SECONDS - 1.5:
                 seen, seconds = scrape_timed(url)
                 scrapes += 1
                 assert seconds < 0.1
                 assert seen.total(OK, http_route="/ping") == 30
                 assert seen.total("headroom_workers", state="alive") == 3
                 assert seen.total("headroom_slots_unreadable") == 0
-                time.sleep(0.2)
+                time.sleep(0.1)
             assert all(thread.is_alive() for thread in threads)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -82,11 +82,13 @@ def test_a_wall_clock_that_leaps_changes_no_number() -> None:
         with Clients(server.port, pause=0.002) as clients:
             url = f"http://127.0.0.1:{port}"
             scrape_until(url, lambda s: s.total(OK, http_route="/ping") > 200)
+            began = time.monotonic()
             server.get("/sleep?seconds=0.2")
+            took = time.monotonic() - began
         seen, seconds = scrape_timed(url)
         assert set(clients.statuses) == {200}
         assert seen.total(OK, http_route="/ping") == clients.answered
-        assert 0.2 <= seen.total("http_server_request_duration_seconds_sum", http_route="/sleep") < 0.5
+        assert 0.2 <= seen.total("http_server_request_duration_seconds_sum", http_route="/sleep") <= took
         assert 0 < seen.total("http_server_request_duration_seconds_sum", http_route="/ping") < 0.5 * clients.answered
         assert seen.total("headroom_event_loop_delay_max_seconds") < 60
         bad = [

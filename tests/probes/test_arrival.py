@@ -56,13 +56,15 @@ async def test_the_header_counts_where_it_is_trusted(measure: Callable[..., Meas
 
     measured = measure(app, trust_request_start=trusted) if trusted else measure(app)
     async with measured.client() as client:
-        await client.get("/", headers={"X-Request-Start": f"t={time.time() - 2:.3f}"})
-    expected = 2.0 if trusted else 0.0
+        began = time.time()
+        await client.get("/", headers={"X-Request-Start": f"t={began - 2:.3f}"})
+        took = time.time() - began
+    least, most = (2.0, 2.0 + took) if trusted else (0.0, 0.0)
     queued = measured.stages("/").get("accept_queue", 0.0)
-    assert queued == pytest.approx(expected, abs=0.1)
+    assert least - 0.001 <= queued <= most + 0.001
     latency = measured.value("headroom_request_latency_seconds_sum", http_route="/")
     assert latency == pytest.approx(queued + measured.seconds("/"))
-    assert measured.seconds("/") < 0.5
+    assert measured.seconds("/") <= took
 
 
 class Cycle:
@@ -106,4 +108,4 @@ async def test_the_queue_reaches_no_further_back_than_the_hold(monkeypatch: pyte
     holds.note_step(now - 0.2, now)
     ledger = Ledger()
     arrival.note(ledger, {"headers": []}, Cycle(object()).receive, False)
-    assert ledger.seconds[ACCEPT_QUEUE] == pytest.approx(0.2, abs=0.05)
+    assert 0.2 - 0.05 <= ledger.seconds[ACCEPT_QUEUE] <= 0.2 + (time.perf_counter() - now) + 0.05

@@ -8,7 +8,6 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +24,7 @@ from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
+from tests.probes.loops import total
 from tests.support.measured import Measured, eventually
 
 pytestmark = pytest.mark.alone
@@ -57,10 +57,22 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "has been held" in record.getMessage()]
 
 
-async def past_the_threshold(probe: PoolProbe) -> None:
-    """Let the time pass and look as the sampling thread does: from another thread."""
-    await asyncio.sleep(THRESHOLD + 0.05)
-    await asyncio.to_thread(probe.sample)
+async def past_the_threshold(probe: PoolProbe, holds: int = 1) -> None:
+    """Look as the sampling thread does, from another thread, until so many holds are past the threshold.
+
+    How long a hold has to begin, since it opens a connection first, depends on the machine.
+    """
+    writer = probe._writer
+    assert writer is not None
+
+    def counted() -> float:
+        return total(writer, "headroom_pool_long_holds_total")
+
+    before = counted()
+    async with asyncio.timeout(10):
+        while counted() < before + holds:
+            await asyncio.sleep(0.02)
+            await asyncio.to_thread(probe.sample)
 
 
 async def use_session(session: AsyncSession) -> None:
@@ -293,7 +305,7 @@ async def test_the_log_tells_a_place_once_and_counts_all(
     kept = [AsyncSession(engine), AsyncSession(engine)]
     for session in kept:
         await use_session(session)
-    await past_the_threshold(probe)
+    await past_the_threshold(probe, holds=2)
     assert len(told(caplog)) == 1
     assert long_holds(writer) == 2
     for session in kept:
@@ -342,9 +354,7 @@ async def test_run_sync_and_threads_of_a_request_are_named(
             await run_in_threadpool(in_thread)
 
     task = asyncio.get_running_loop().create_task(endpoint(), context=contextvars.Context())
-    with ThreadPoolExecutor(1):
-        await asyncio.sleep(0.1)
-        await past_the_threshold(probe)
+    await past_the_threshold(probe, holds=2)
     let_go.set()
     await task
     shop, other = sorted(told(caplog), key=lambda record: "pool sync" in record)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from fastapi_headroom.probes import heartbeat as heartbeats
 from fastapi_headroom.probes.loop import LoopProbe
+from fastapi_headroom.store.writer import Writer
 from tests.probes.loops import BLOCKS, measured, total, until, verdicts
 
 BLOCK = 0.1
@@ -57,24 +58,24 @@ async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
             while total(writer, BLOCKS) == before and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
             noticed += total(writer, BLOCKS) > before
-        blamed = total(writer, BLOCKS) - total(writer, BLOCKS, cause="starved")
-        return noticed, max(0, int(blamed) - count)
+        return noticed, max(0, int(blamed(writer)) - count)
 
 
 async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
     """Block a loop whose heartbeat rests that often for 100 ms, at random moments between two looks.
 
     A timer, another thread and a socket set it off in turn.
-    Return how many blocks were followed by one that was counted, and how many were when nothing held the loop.
+    Return how many blocks were followed by one that was counted, and how often code was blamed when none held the loop.
     """
     moments = random.Random(seed)
     noticed = invented = 0
     async with measured() as (writer, probe):
         for number in range(count):
             await rested(probe)
-            before = total(writer, BLOCKS)
+            before = blamed(writer)
             await (by_timer, by_thread, by_socket)[number // 3 % 3](moments.random() * 0.1)
-            invented += total(writer, BLOCKS) > before
+            invented += blamed(writer) > before
+            before = total(writer, BLOCKS)
             (sleep, compute, keep_the_gil)[number % 3]()
             deadline = time.monotonic() + 1
             while total(writer, BLOCKS) == before and time.monotonic() < deadline:
@@ -102,6 +103,11 @@ async def by_socket(seconds: float) -> None:
         ours.setblocking(False)
         threading.Timer(seconds, theirs.send, [b"x"]).start()
         assert await asyncio.get_running_loop().sock_recv(ours, 1) == b"x"
+
+
+def blamed(writer: Writer) -> float:
+    """Return how many blocks are some code's doing, and not the machine's."""
+    return total(writer, BLOCKS) - total(writer, BLOCKS, cause="starved")
 
 
 async def rested(probe: LoopProbe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ def counts(writer: Writer, library: Library) -> tuple[float, float]:
 
 async def warm(library: Library, pool: Any, connections: int = 2) -> None:
     """Open connections, so that none is made while something is timed."""
-    await asyncio.gather(*(library.hold(pool, 0.02) for _ in range(connections)))
+    await asyncio.gather(*(library.hold(pool, 0.05) for _ in range(connections)))
 
 
 async def until(condition: Any, seconds: float = 5.0) -> None:
@@ -136,11 +137,12 @@ async def test_time_outs_are_counted(probe: OtherPoolsProbe, writer: Writer, lib
         return counts(writer, library) == (1, 0)
 
     await until(taken)
-    before = value(writer, library, f"{WAIT}_sum")
+    before, began = value(writer, library, f"{WAIT}_sum"), time.perf_counter()
     with pytest.raises(library.gave_up):
         await library.hold(pool, 0)
+    took = time.perf_counter() - began
     assert value(writer, library, "db_client_connection_timeouts_total") == 1
-    assert 0.09 <= value(writer, library, f"{WAIT}_sum") - before < 0.3
+    assert 0.09 <= value(writer, library, f"{WAIT}_sum") - before <= took
     await holder
     probe.sample()
     assert counts(writer, library) == (0, 1)
@@ -153,7 +155,7 @@ async def test_a_wait_is_pool_wait_in_the_ledger(probe: OtherPoolsProbe, writer:
     stage = {"redis": CACHE, "httpx": HTTP_CLIENT}.get(library.label)
     pool = await library.open(size=1)
     await warm(library, pool, 1)
-    holder = asyncio.ensure_future(library.hold(pool, 0.2))
+    holder = asyncio.ensure_future(library.hold(pool, 0.4))
 
     def taken() -> bool:
         probe.sample()
