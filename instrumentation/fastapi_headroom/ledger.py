@@ -168,7 +168,8 @@ class Ledger:
         in_flight.discard(self)
         duration = now - self.started
         rest = duration - (sum(seconds) - seconds[ACCEPT_QUEUE] if self.waited else seconds[ON_LOOP])
-        seconds[OTHER] = rest if rest > 0.0 else 0.0
+        if rest > 0.0:
+            seconds[OTHER] = rest
         return duration
 
 

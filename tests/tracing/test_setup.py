@@ -19,8 +19,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
-from sqlalchemy import Engine, StaticPool, create_engine, text
+from opentelemetry.trace import SpanKind, StatusCode
+from sqlalchemy import Engine, StaticPool, create_engine, event, text
+from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.responses import Response
@@ -118,6 +119,32 @@ async def test_a_configured_provider_is_used_and_never_replaced(
     assert query.parent is not None
     assert query.parent.span_id == server.context.span_id
     assert len(traces.finished()) == 2
+
+
+async def test_an_engine_is_not_told_of_its_listeners_and_hears_those_of_the_user(
+    traces: Traces, tracing: Tracing, engine: Engine
+) -> None:
+    """Only connections that are traced look for events; a listener that the user adds later is heard as ever."""
+    app = make_app(engine)
+    assert tracing.start(app)
+    assert await get(app, "/items/7") == 200
+    assert not engine._has_events
+    assert len(traces.finished(SpanKind.CLIENT)) == 1
+    heard = []
+    event.listen(engine, "after_cursor_execute", lambda *_: heard.append(1))
+    assert await get(app, "/items/7") == 200
+    assert heard == [1]
+    assert len(traces.finished(SpanKind.CLIENT)) == 2
+
+
+async def test_a_statement_that_fails_leaves_a_failed_span(traces: Traces, tracing: Tracing, engine: Engine) -> None:
+    """The database's error ends the span and is its status."""
+    assert tracing.start(make_app(engine))
+    with engine.connect() as connection, pytest.raises(OperationalError):
+        connection.execute(text("SELECT 1 FROM nowhere"))
+    (query,) = traces.finished(SpanKind.CLIENT)
+    assert query.status.status_code is StatusCode.ERROR
+    assert "nowhere" in (query.status.description or "")
 
 
 async def test_starting_twice_and_for_several_apps_gives_one_server_span_each(traces: Traces, tracing: Tracing) -> None:

@@ -48,7 +48,8 @@ class Fills:
         fill = self.open.get(place)
         if fill is None or fill.until < now or not any(map(_is_busy, tuple(fill.callers))):
             if fill is not None:
-                self._gauge.dec(max(0, len(fill.callers) - 1))
+                if len(fill.callers) > 1:
+                    self._gauge.dec(len(fill.callers) - 1)
             elif len(self.open) >= MAX_FILLS and not self.sweep(now):
                 return False
             self.open[place] = _Fill(caller, now + FILL_SECONDS)

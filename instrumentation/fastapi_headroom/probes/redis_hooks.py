@@ -74,7 +74,11 @@ class RedisHooks:
             request = current()
             if request is not None:
                 request.cache_calls += 1
-                request.enter(CACHE)
+                if request.stepping:  # as ``enter`` does then
+                    request.waited = True
+                    request.waits.append(CACHE)
+                else:
+                    request.enter(CACHE)
             started = now()
             try:
                 reply = original(client, *args, **options)
@@ -83,7 +87,13 @@ class RedisHooks:
                 raise
             finally:
                 if request is not None:
-                    request.leave(CACHE)
+                    if request.stepping:  # as ``leave`` does then
+                        try:
+                            request.waits.remove(CACHE)
+                        except ValueError:
+                            pass
+                    else:
+                        request.leave(CACHE)
             ended = now()
             probe.command_done(client, command, args, reply, ended - started, ended, request)
             return reply
@@ -104,7 +114,11 @@ class RedisHooks:
             request = current()
             if request is not None:
                 request.cache_calls += 1
-                request.enter(CACHE)
+                if request.stepping:  # as ``enter`` does then
+                    request.waited = True
+                    request.waits.append(CACHE)
+                else:
+                    request.enter(CACHE)
             started = now()
             try:
                 reply = await original(client, *args, **options)
@@ -113,7 +127,13 @@ class RedisHooks:
                 raise
             finally:
                 if request is not None:
-                    request.leave(CACHE)
+                    if request.stepping:  # as ``leave`` does then
+                        try:
+                            request.waits.remove(CACHE)
+                        except ValueError:
+                            pass
+                    else:
+                        request.leave(CACHE)
             ended = now()
             probe.command_done(client, command, args, reply, ended - started, ended, request)
             return reply

@@ -33,6 +33,8 @@ _TIME_BOUNDS: Final = catalog.REQUEST_DURATION.buckets
 _HOLD_BOUNDS: Final = catalog.LOOP_HOLD.buckets
 _QUERY_BOUNDS: Final = catalog.REQUEST_QUERIES.buckets
 _SIZE_BOUNDS: Final = catalog.RESPONSE_BODY_SIZE.buckets
+_SHORT: Final = _TIME_BOUNDS[0]
+_SMALL: Final = _SIZE_BOUNDS[0]
 
 Write = Callable[[float], None]
 
@@ -121,12 +123,15 @@ class ResponseSeries:
         if self._bodyless:
             sent = 0
         # The bounds of the three times are the same, so a short duration tells the bucket of all.
-        cell_d = bisect_left(_TIME_BOUNDS, duration)
-        cell_l = bisect_left(_TIME_BOUNDS, accepted + duration) if accepted else cell_d
-        cell_f = bisect_left(_TIME_BOUNDS, first_byte) if cell_d else 0
+        if duration <= _SHORT and not accepted:
+            cell_d = cell_l = cell_f = 0
+        else:
+            cell_d = bisect_left(_TIME_BOUNDS, duration)
+            cell_l = bisect_left(_TIME_BOUNDS, accepted + duration) if accepted else cell_d
+            cell_f = bisect_left(_TIME_BOUNDS, first_byte) if cell_d else 0
         cell_h = bisect_left(_HOLD_BOUNDS, hold)
         cell_q = bisect_left(_QUERY_BOUNDS, queries) if queries else 0
-        cell_s = bisect_left(_SIZE_BOUNDS, sent)
+        cell_s = bisect_left(_SIZE_BOUNDS, sent) if sent > _SMALL else 0
         # No call and no loop from here on: one uninterrupted step, also while handles are sent elsewhere.
         place = self._place
         if place is None or place.moves != MOVES.count:

@@ -18,6 +18,7 @@ from fastapi_headroom.ledger import current
 
 Factory = Callable[..., Any]
 _Task: Any = asyncio.Task
+_current = current.get
 
 
 class TaskHook:
@@ -70,11 +71,14 @@ def _factory(make: Factory | None) -> Factory:
 
 def _create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
     """Make a task as a loop without a factory does. Every task of the process passes here."""
-    context = options.get("context") if options else None
-    ledger = current.get() if context is None else context.get(current)
-    if ledger is not None and not ledger.finished:
-        coroutine = Driven(coroutine, ledger) if type(coroutine) is CoroutineType else _driven(coroutine, options)
-    task: Any = _Task(coroutine, loop=loop, **options)
+    task: Any
+    if options:
+        task = _Task(_driven(coroutine, options), loop=loop, **options)
+    else:
+        ledger = _current()
+        if ledger is not None and not ledger.finished:
+            coroutine = Driven(coroutine, ledger) if type(coroutine) is CoroutineType else _driven(coroutine, options)
+        task = _Task(coroutine, loop=loop)
     if stack := task._source_traceback:  # debug mode: where the task was created is the user's line, not ours
         while stack and stack[-1].filename == __file__:
             stack.pop()

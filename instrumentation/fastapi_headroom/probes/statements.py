@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, Final
 
 from fastapi_headroom import catalog, ledger
-from fastapi_headroom.ledger import DB
+from fastapi_headroom.ledger import DB, Ledger
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.patches import Patches
@@ -92,7 +92,11 @@ class Statements:
             request = current()
             if request is not None:
                 request.queries += 1
-                request.enter(DB)
+                if request.stepping:  # as ``enter`` does then
+                    request.waited = True
+                    request.waits.append(DB)
+                else:
+                    request.enter(DB)
             error = ""
             started = now()
             try:
@@ -109,16 +113,14 @@ class Statements:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = now() - started
                 text = context.statement or ""
+                finish(connection, text, now() - started, error, request)
                 if request is not None:
-                    request.leave(DB)
                     ran = request.queries  # by now: others may have run at the same time
                     if ran < many:
                         request.texts = (text, request.texts)
                     elif ran <= last:
                         repeated(request, text, dialect)
-                finish(connection, text, elapsed, error)
 
         return execute
 
@@ -132,7 +134,11 @@ class Statements:
             request = current()
             if request is not None:
                 request.queries += 1
-                request.enter(DB)
+                if request.stepping:  # as ``enter`` does then
+                    request.waited = True
+                    request.waits.append(DB)
+                else:
+                    request.enter(DB)
             error = ""
             started = now()
             try:
@@ -141,15 +147,13 @@ class Statements:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = now() - started
+                finish(connection, statement, now() - started, error, request)
                 if request is not None:
-                    request.leave(DB)
                     ran = request.queries  # by now: others may have run at the same time
                     if ran < many:
                         request.texts = (statement, request.texts)
                     elif ran <= last:
                         repeated(request, statement, connection.dialect)
-                finish(connection, statement, elapsed, error)
 
         return execute
 
@@ -162,7 +166,11 @@ class Statements:
                 return
             request = current()
             if request is not None:
-                request.enter(DB)
+                if request.stepping:  # as ``enter`` does then
+                    request.waited = True
+                    request.waits.append(DB)
+                else:
+                    request.enter(DB)
             error = ""
             started = now()
             try:
@@ -171,10 +179,7 @@ class Statements:
                 error = type(raised).__name__
                 raise
             finally:
-                elapsed = now() - started
-                if request is not None:
-                    request.leave(DB)
-                finish(connection, operation, elapsed, error)
+                finish(connection, operation, now() - started, error, request)
 
         return end
 
@@ -191,7 +196,16 @@ class Statements:
 
         return ping
 
-    def _finish(self, connection: Any, text: str, elapsed: float, error: str) -> None:
+    def _finish(self, connection: Any, text: str, elapsed: float, error: str, request: Ledger | None) -> None:
+        """End the wait of a statement and record it."""
+        if request is not None:
+            if request.stepping:  # as ``leave`` does then
+                try:
+                    request.waits.remove(DB)
+                except ValueError:
+                    pass
+            else:
+                request.leave(DB)
         try:
             fairy = connection._dbapi_connection
             record = None if fairy is None else fairy._connection_record
@@ -203,9 +217,11 @@ class Statements:
             if error:
                 self._histogram(system, operation_name(text), error).observe(elapsed)
                 return
-            by_text = self._by_text.get(system)
-            handle = None if by_text is None else by_text.get(text)
-            (handle or self._remember(system, text)).observe(elapsed)
+            try:
+                handle = self._by_text[system][text]
+            except KeyError:
+                handle = self._remember(system, text)
+            handle.observe(elapsed)
         except Exception as failure:
             self.guard.failed(failure)
 

@@ -144,8 +144,10 @@ def _wrap_async_get(meters: Meters, refusal: type[Exception], original: Any) -> 
 def _wrap_refusing(meters: Meters, refusal: type[Exception] | None, original: Any) -> Any:
     """See which pools there are, and count what they refuse."""
 
+    known = meters.known
+
     def take(pool: Any, *args: Any, **options: Any) -> Any:
-        meter = meters.of(pool)
+        meter = known(id(pool)) or meters.of(pool)
         if refusal is None:
             return original(pool, *args, **options)
         try:
@@ -199,7 +201,11 @@ def _wrap_async_connect(meters: Meters, original: Any) -> Any:
         with Creation(meter, None):
             return await original(connection)
 
+    checkout = waiting.get
+
     def connect(connection: Any) -> Any:
+        if checkout() is None and connection.is_connected:  # nearly always: each command of a client asks for this
+            return original(connection)
         meter = _opened_for(meters, connection)
         return original(connection) if meter is None else timed(meter, connection)
 
