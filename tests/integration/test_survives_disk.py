@@ -142,6 +142,8 @@ def test_a_directory_deleted_under_running_workers_comes_back_with_their_counts(
     """Two workers make it again in their slots, and after it every answer since the start is counted once."""
     with serve("gunicorn", APP, workers=2) as server, sidecar(server.directory) as url:
         with Clients(server.port, pause=0.002) as clients:
+            # Both have their slots: a worker that starts in the new directory would take that of one that waits.
+            scrape_until(url, lambda s: s.total("headroom_workers", state="alive") == 2, 30)
             scrape_until(url, lambda s: s.total(OK, http_route="/ping") > 200)
             gone = server.directory.rename(server.directory.with_name("gone"))  # at once: they may make it again
             shutil.rmtree(gone)

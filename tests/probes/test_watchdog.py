@@ -245,15 +245,15 @@ def test_block_counts_while_it_lasts(run: Run) -> None:
     async def main() -> None:
         async with measured() as (writer, _):
             seen: list[float] = []
-            began = time.monotonic()
+            before, lost, began = total(writer, BLOCKS), total(writer, BLOCKED), time.monotonic()
             for _ in range(10):
                 time.sleep(0.06)  # noqa: ASYNC251
-                seen.append(total(writer, BLOCKED))
+                seen.append(total(writer, BLOCKED) - lost)
             held = time.monotonic() - began
-            assert total(writer, BLOCKS) == 0
+            assert total(writer, BLOCKS) == before
             assert seen[-1] > seen[5] > 0
-            await until(lambda: total(writer, BLOCKS) == 1)
-            assert total(writer, BLOCKED) == pytest.approx(held, abs=0.1)
+            await until(lambda: total(writer, BLOCKS) == before + 1)
+            assert total(writer, BLOCKED) - lost == pytest.approx(held, abs=0.1)
 
     run(main())
 
@@ -264,12 +264,11 @@ def test_sites_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def main() -> None:
         async with measured() as (writer, _):
-            mine = f"{HERE}:sleep_on_the_loop:{LINE}"
             await sleep_on_the_loop()
-            await until(lambda: mine in {site for site, _ in verdicts(writer)})
+            await until(lambda: total(writer, BLOCKS) >= 1)
             time.sleep(0.2)  # noqa: ASYNC251
             await until(lambda: "other" in {site for site, _ in verdicts(writer)})
-            assert {site for site, cause in verdicts(writer) if cause != "starved"} == {mine, "other"}
+            assert len({site for site, _ in verdicts(writer)} - {"other"}) == 1  # the machine's own may have been first
 
     asyncio.run(main())
 
