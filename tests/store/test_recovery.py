@@ -363,6 +363,18 @@ def test_a_slot_that_went_to_somebody_else_is_not_written_to(tmp_path: Path) -> 
     old.close()
 
 
+def test_a_worker_that_lost_its_slot_to_another_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it counts is in no scrape meanwhile: one line says whose slot that is, and what to do."""
+    old = Writer.open(tmp_path)
+    shutil.rmtree(tmp_path)
+    new = Writer.open(tmp_path)
+    for _ in range(3):
+        old.tend()
+    (line,) = [record.message for record in caplog.records if "in no scrape" in record.message]
+    assert "slot 0 of" in line and "restart this worker" in line
+    old.close(), new.close()
+
+
 def test_a_closed_worker_leaves_the_files_of_its_successor(tmp_path: Path) -> None:
     """A worker whose lock file was deleted removes no live gauges when it ends: they are another's by now."""
     old = Writer.open(tmp_path)

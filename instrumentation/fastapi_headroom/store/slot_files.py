@@ -42,7 +42,7 @@ class SlotFiles:
         self._group_readable, self._capacity = group_readable, capacity
         self._mode = 0o640 if group_readable else 0o600
         self._ring: exemplars.Ring | None = None
-        self._taken_over = False
+        self._taken_over = self._succeeded = False
         self._number: int | None = None  # the slot that this worker's labels name: it takes no other one again
         self._opened, self._adopted = time.monotonic(), False
         memory.register(self)
@@ -136,7 +136,7 @@ class SlotFiles:
         except (OSError, StoreError, FullError) as error:
             log.debug("fastapi-headroom: %s still cannot be written: %s", self.directory, error)
             if isinstance(error, SlotTakenError):
-                self._leave_to_successor()
+                self._leave_to_successor(error)
             return
         self._set_degraded(False)
         log.warning("fastapi-headroom: %s can be written again, and has what was counted meanwhile", self.directory)
@@ -190,8 +190,11 @@ class SlotFiles:
             if before is not None:
                 self._move(before, stem, same_file=before.shares_file(region))
 
-    def _leave_to_successor(self) -> None:
+    def _leave_to_successor(self, error: SlotTakenError) -> None:
         """Write no more to files whose slot somebody else has, who may have gone on from what they hold."""
+        if not self._succeeded:
+            self._succeeded = True
+            log.error("fastapi-headroom: what this worker counts is in no scrape until it may have it again: %s", error)
         for region in self.regions.values():
             if region.has_file:
                 region.detach(copy=False)
