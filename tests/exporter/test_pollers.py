@@ -78,7 +78,7 @@ def test_a_url_that_cannot_be_used_is_named_once(caplog: pytest.LogCaptureFixtur
 
 def test_a_poll_that_hangs_becomes_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that neither answers nor fails is down once its last result is stale."""
-    monkeypatch.setattr(pollers, "FRESH", 0.2)
+    monkeypatch.setattr(pollers, "FRESH", 1.0)
     hang = threading.Event()
 
     class Hanging(Broker):
@@ -87,7 +87,7 @@ def test_a_poll_that_hangs_becomes_a_gap(monkeypatch: pytest.MonkeyPatch) -> Non
         def poll(self) -> list[pollers.Sample]:
             self.polls += 1
             if self.polls > 1:
-                hang.wait(10)
+                hang.wait(60)
             return [ROW]
 
     queue = polled(Hanging())

@@ -187,7 +187,7 @@ def test_a_request_that_never_ends_is_ended(server: MetricsServer, monkeypatch: 
         connection.settimeout(0.1)
         began = time.monotonic()
         ended = False
-        while not ended and time.monotonic() - began < 5:
+        while not ended and time.monotonic() - began < 30:
             try:
                 connection.sendall(b"X")
                 ended = connection.recv(1) == b""
@@ -200,7 +200,7 @@ def test_a_request_that_never_ends_is_ended(server: MetricsServer, monkeypatch: 
 
 def test_a_client_that_does_not_read_is_dropped(reader: CountingReader, monkeypatch: pytest.MonkeyPatch) -> None:
     """A response that nobody takes ends with the write's time-out, and holds up no other scrape."""
-    monkeypatch.setattr(handler, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(handler, "REQUEST_SECONDS", 1.5)
     scraper = Scraper(Collector(reader))
     monkeypatch.setattr(scraper, "scrape", lambda **_: b"x" * 50_000_000)
     big = MetricsServer("127.0.0.1", 0, scraper, Path("/"))

@@ -59,7 +59,8 @@ def test_the_first_start_is_made_where_blocking_calls_are_forbidden(
         samples = handle.writer.samples()
         assert handle.writer.value("headroom_requests_total", http_route="/x", outcome="ok") == 4
         up = {dict(labels)["probe"]: value for (name, labels), value in samples.items() if name == "headroom_probe_up"}
-        assert {probe for probe, value in up.items() if value != 1.0} == set() != up.keys()
+        down = {probe for probe, value in up.items() if value != 1.0}
+        assert down == set() != up.keys(), [record.getMessage() for record in caplog.records]
         assert [r.message for r in caplog.records if r.name == "fastapi_headroom" and r.levelno >= logging.ERROR] == []
     finally:
         handle.shutdown()

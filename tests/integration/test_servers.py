@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from demo_app.stack.process import accepts, free_port, wait_until
-from tests.support.scrape import scrape_until
+from tests.support.scrape import Scrape, scrape_until
 from tests.support.serving import serve
 
 APP = "tests.support.app:app"
@@ -48,11 +48,13 @@ def test_a_blocked_loop_is_found_on_both_loops(loop: str) -> None:
     with serve("uvicorn", APP, env={"HEADROOM_PORT": str(port)}, options=("--loop", loop)) as server:
         server.get("/ping")
         server.get("/block?seconds=0.3")
-        seen = scrape_until(
-            f"http://127.0.0.1:{port}", lambda s: s.total("headroom_event_loop_blocked_seconds_total") >= 0.2
-        )
-        sites = seen.values("headroom_event_loop_blocked_seconds_total", "site")
-        assert any(site.startswith("tests.support.app:block") for site in sites), sites
+
+        def blocked(seen: Scrape) -> float:  # a busy machine may hold up the loop elsewhere as well
+            name = "headroom_event_loop_blocked_seconds_total"
+            sites = [site for site in seen.values(name, "site") if site.startswith("tests.support.app:block")]
+            return sum(seen.total(name, site=site) for site in sites)
+
+        scrape_until(f"http://127.0.0.1:{port}", lambda seen: blocked(seen) >= 0.2)
 
 
 def test_a_worker_that_dies_hands_the_exporter_over() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -66,14 +67,15 @@ def test_a_poll_of_a_million_jobs_takes_the_broker_less_than_a_millisecond(
     poller = poller_for(f"{kind}+{redis_server.url}?{parameters}")
     depths = [value for metric, _, value in poller.poll() if metric is catalog.QUEUE_DEPTH]
     assert sum(depths) == MILLION
-    polls = 20
-    broker.config_resetstat()
-    for _ in range(polls):
+    costs = []
+    for _ in range(20):
+        broker.config_resetstat()
         poller.poll()
-    stats = {name.removeprefix("cmdstat_"): row["usec"] for name, row in broker.info("commandstats").items()}
-    used = {name: microseconds for name, microseconds in stats.items() if name not in BESIDE}
-    assert used.keys() <= ALLOWED
-    cost = sum(used.values()) / polls
+        stats = {name.removeprefix("cmdstat_"): row["usec"] for name, row in broker.info("commandstats").items()}
+        used = {name: microseconds for name, microseconds in stats.items() if name not in BESIDE}
+        assert used.keys() <= ALLOWED
+        costs.append(sum(used.values()))
+    cost = statistics.median(costs)  # Redis tells the time that passed, also while others had the processor
     print(f"{kind}: {cost:.1f} us of Redis per poll of {MILLION:,} jobs: {sorted(used)}")
     assert cost < 1_000
 
