@@ -79,15 +79,20 @@ def undisturbed(run: Run, fault: Callable[[], Awaitable[None]], attempts: int = 
 
 
 class Robbed:
-    """Watches how long this thread was kept from a CPU since: by other processes, or with the whole machine."""
+    """Watches how long a thread was kept from a CPU since: by other processes, or with the whole machine."""
 
-    def __init__(self) -> None:
-        self._stat = ThreadStat(threading.get_native_id())
+    def __init__(self, native_id: int | None = None) -> None:
+        """Watch the caller's thread, unless another one is named."""
+        self._stat = ThreadStat(native_id or threading.get_native_id())
         self._kept, self._began = self._seconds(), time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds."""
+        return self._seconds() - self._kept
 
     def share(self) -> float:
         """Return the share of the time."""
-        return (self._seconds() - self._kept) / (time.monotonic() - self._began)
+        return self.seconds() / (time.monotonic() - self._began)
 
     def _seconds(self) -> float:
         """Return the seconds that the thread was ready, and those that other machines on the host took from this one.

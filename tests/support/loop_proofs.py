@@ -16,9 +16,11 @@ from unittest.mock import patch
 from fastapi_headroom.probes import heartbeat as heartbeats
 from fastapi_headroom.probes.loop import LoopProbe
 from fastapi_headroom.store.writer import Writer
-from tests.probes.loops import BLOCKS, measured, total, until, verdicts
+from tests.probes.loops import BLOCKS, Robbed, measured, total, until, verdicts
 
 BLOCK = 0.1
+LATE = 0.004
+"""Seconds without a CPU after which the watchdog may miss a block of just the threshold."""
 
 
 def sleep() -> None:
@@ -64,15 +66,17 @@ async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
 async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
     """Block a loop whose heartbeat rests that often for 100 ms, at random moments between two looks.
 
-    A timer, another thread and a socket set it off in turn.
+    A timer, another thread and a socket set it off in turn. One that is missed is done again if the watchdog was kept
+    from a CPU meanwhile, up to a ninth of them.
     Return how many blocks were followed by one that was counted, and how often code was blamed when none held the loop.
     """
     moments = random.Random(seed)
-    noticed = invented = 0
+    noticed = invented = number = unclear = 0
     async with measured() as (writer, probe):
-        for number in range(count):
+        assert probe._watchdog is not None
+        while number < count:
             await rested(probe)
-            before = blamed(writer)
+            before, robbed = blamed(writer), Robbed(probe._watchdog.native_id)
             await (by_timer, by_thread, by_socket)[number // 3 % 3](moments.random() * 0.1)
             invented += blamed(writer) > before
             before = total(writer, BLOCKS)
@@ -80,7 +84,13 @@ async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
             deadline = time.monotonic() + 1
             while total(writer, BLOCKS) == before and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-            noticed += total(writer, BLOCKS) > before
+            seen, late = total(writer, BLOCKS) > before, robbed.seconds()
+            robbed.close()
+            if not seen and late > LATE and unclear < count / 9:
+                unclear += 1
+                continue
+            noticed += seen
+            number += 1
     return noticed, invented
 
 

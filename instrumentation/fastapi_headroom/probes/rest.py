@@ -25,9 +25,6 @@ from fastapi_headroom.probes.pulse import Beat, Clocks, Pulse
 
 LOOK: Final = 0.04
 """Seconds between two looks at a loop whose heartbeat rests, at most."""
-SHORT: Final = 0.004
-"""Seconds after which a thread that was found at work is looked at once more: servers have something to do now and
-then."""
 AWAKE: Final = 0.002
 """Seconds of CPU between two looks from which on the loop has something to do."""
 
@@ -77,30 +74,31 @@ class Rest:
         pulse, proof = self._pulse, self._proof
         if proof is None or pulse.cpu() != proof.cpu or not pulse.resting:
             return False
+        self.held = False
         pulse.beat = Beat(proof._replace(at=now, process=time.process_time()), due_after(now, self._threshold))
         return True
 
     def goes_on(self, now: float) -> bool:
-        """Return whether the loop is free, and take note that it was at ``now``; else end the rest.
+        """Return whether the loop is free, and take note that it was at ``now``.
 
-        Two proofs that are less than ``threshold`` apart leave no room for a hold of that length.
+        A loop that is not free is ``held``; one that is not free at the next look either rests no more. Nor does one
+        whose last proof is too old: two that are less than ``threshold`` apart leave no room for a hold of that length.
         """
         pulse = self._pulse
         beat = pulse.beat
-        self.held = False
+        again, self.held = self.held, False
         if not in_flight and not pulse.paused and pulse.loop.is_running():
-            clocks, free = self._look(now)
-            if not free:
-                time.sleep(SHORT)
-                clocks, free = self._look(time.monotonic())
-            apart = time.monotonic() - beat.clocks.at
-            if free and apart < 0.8 * self._threshold and clocks.cpu - beat.clocks.cpu < AWAKE:
+            clocks = self._look(now)
+            recent = now - beat.clocks.at < 0.8 * self._threshold
+            if clocks is not None and recent and clocks.cpu - beat.clocks.cpu < AWAKE:
                 if pulse.resting:
-                    pulse.beat = Beat(clocks, due_after(clocks.at, self._threshold))
+                    pulse.beat = Beat(clocks, due_after(now, self._threshold))
                 return True
-            self.held = not free
-            if not free and pulse.resting and pulse.beat is beat:
-                pulse.beat = Beat(beat.clocks, min(now, beat.due))  # it was not free when we looked first
+            self.held = clocks is None and self.possible
+            if self.held and pulse.resting and pulse.beat is beat and now < beat.due:
+                pulse.beat = Beat(beat.clocks, now)  # it was not free when we looked first
+            if self.held and not again:
+                return False
         self.end()
         return False
 
@@ -115,15 +113,22 @@ class Rest:
             except RuntimeError:
                 pass  # closed
 
-    def _look(self, now: float) -> tuple[Clocks, bool]:
-        """Return the clocks, and whether the loop's thread slept in its ``epoll_wait`` after they were read."""
-        pulse = self._pulse
-        clocks = pulse.clocks(now)
+    def _look(self, now: float) -> Clocks | None:
+        """Return the clocks of ``now`` if the loop's thread sleeps in its ``epoll_wait``, else None.
+
+        Each file that is read gives the GIL away, and code that computes gives it back after 5 ms: of a thread that
+        does not sleep, nothing more is asked.
+        """
+        pulse, cpu = self._pulse, self._pulse.cpu()
+        self._proof = None
         call = pulse.thread.system_call()
         if call is None:
             self._selector = None  # the kernel does not tell: do not try again
-            return clocks, False
+            return None
         number, _, arguments = call.partition(" ")
-        free = number in procfs.EPOLL_WAITS and arguments.partition(" ")[0] == self._selector
-        self._proof = clocks if free and pulse.cpu() == clocks.cpu else None
-        return clocks, free
+        if number not in procfs.EPOLL_WAITS or arguments.partition(" ")[0] != self._selector:
+            return None
+        clocks = pulse.clocks(now)
+        if clocks.cpu == cpu:
+            self._proof = clocks
+        return clocks

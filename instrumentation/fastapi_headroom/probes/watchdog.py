@@ -109,7 +109,7 @@ class Watchdog(threading.Thread):
                 self.watches.set()
             time.sleep(nap)
             now = time.monotonic()
-            if self.pulse.resting and self._rest.sleeps_on(now):
+            if self.pulse.resting and self._held is None and self._rest.sleeps_on(now):
                 continue
             waited = max(0.0, now - asleep - nap)
             try:
@@ -208,6 +208,7 @@ class Watchdog(threading.Thread):
         marker = self._marker
         look = self._sample(waited) if suspect or waited >= self._long_turn else None
         cpu = None if look is None else pulse.cpu()
+        found = time.monotonic()
         if look is not None:
             self._latest = (beat, look.sample)
         call = None if look is None else pulse.thread.system_call()
@@ -219,7 +220,7 @@ class Watchdog(threading.Thread):
         same = look is not None and self._held is not None and self._held.is_found_by(look, marker, cpu)
         kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
         if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
-            self._note(beat, look, same, now, looked, kept, cpu, call)
+            self._note(beat, look, same, now, found, kept, cpu, call)
             if self._file_calls.lasts(call, same, looked) and self._on_file_call is not None and not look.ours:
                 self._on_file_call(look, pulse.ident)
         while pulse.ended:
@@ -294,23 +295,22 @@ class Watchdog(threading.Thread):
         look: Look,
         same: bool,
         now: float,
-        looked: float,
+        found: float,
         kept: float,
         cpu: float | None,
         call: str | None,
     ) -> None:
         """Keep a look at what may become a block."""
         held = self._held
-        clocks = self.pulse.clocks(time.monotonic())
         if beat is not self._beat or held is None:
             self._looks = self._steps = 0
             self._stretched = False
             held = Held(look, beat.began, beat.clocks.at, beat.clocks, self._lack_settled)
-            first = max(beat.due, now - kept) if kept else looked
+            first = max(beat.due, now - kept) if kept else found
         elif not same:
-            self._step_over(held, beat, clocks, now)
+            self._step_over(held, beat, self.pulse.clocks(time.monotonic()), now)
             held = Held(look, held.last, held.last, held.at_last, held.lack_last)
-            first = max(held.earliest, now - kept) if kept else looked
+            first = max(held.earliest, now - kept) if kept else found
             self._steps += 1
         else:
             first = held.first
