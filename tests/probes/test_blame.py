@@ -51,12 +51,14 @@ def test_cause(figures: dict[str, Any], cause: str) -> None:
         ([IN_A_CALL, IN_A_CALL], "native"),
         ([IN_A_CALL], "python"),
         ([IN_A_CALL, replace(IN_A_CALL, position=(1, 5, 60))], "python"),
+        ([IN_A_CALL] * 4 + [replace(IN_A_CALL, position=(1, 5, 60), in_call=False)], "native"),
+        ([IN_A_CALL] * 3 + [replace(IN_A_CALL, position=(1, 5, 60), in_call=False)], "python"),
         ([replace(IN_A_CALL, waited=0.005)] * 3, "python"),
         ([replace(IN_A_CALL, in_call=False)] * 3, "python"),
     ],
 )
 def test_native_needs_one_call_and_a_free_gil(samples: list[Sample], cause: str) -> None:
-    """CPU is native only when every sample stood in one call and nobody had to wait for the GIL."""
+    """CPU is native only when four samples of five stood in one call and nobody had to wait for the GIL."""
     assert cause_of(replace(NOTHING, cpu=0.9, process_cpu=0.9), samples) == cause
 
 

@@ -28,6 +28,8 @@ UNKNOWN: Final = "unknown"
 """The site when nothing was sampled, or when the code is not to blame (``starved``)."""
 STACK_LINES: Final = 12
 """Innermost frames that a log record shows."""
+MOSTLY: Final = 0.8
+"""Share of the looks that find a thread in one call from which on that call is what it did."""
 _OURS: Final = str(Path(__file__).parents[1])
 _DRIVER: Final = "fastapi_headroom.driver"
 _DRIVERS: Final = frozenset({_DRIVER, "fastapi_headroom.probes.request"})
@@ -99,7 +101,7 @@ def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
 
     * ``gc``: the garbage collector ran for half of it.
     * ``python``, ``native``: the thread used a CPU; in C when the watchdog could not run for half of the time (the
-      call kept the GIL), or when the stack stood at one call in every sample while the GIL was free.
+      call kept the GIL), or when the stack stood at one call in four samples of five while the GIL was free.
     * ``starved``: it was ready and got no CPU; or no thread of the process ran at all (stopped, or swapped out).
     * ``gil``: it slept in a lock and woke again and again, as one that waits for the GIL does, or while other threads
       of the process computed; or the watchdog slept with it.
@@ -122,12 +124,16 @@ def cause_of(evidence: Evidence, samples: Sequence[Sample]) -> Cause:
 
 
 def _in_one_call(samples: Sequence[Sample]) -> bool:
-    """Return whether the thread was in one C call that had released the GIL.
+    """Return whether the thread was, in four looks of five, in one C call that had released the GIL.
 
     Where the stack stood is not enough: a loop over short calls gives way at the same instruction each time. But it
     makes whoever wants the GIL wait for a switch interval.
     """
-    if len(samples) < 2 or len({sample.position for sample in samples}) > 1 or not samples[0].in_call:
+    if len(samples) < 2:
+        return False
+    # The last look may come when the call has just returned.
+    position, times = Counter(sample.position for sample in samples).most_common(1)[0]
+    if times < MOSTLY * len(samples) or not next(s for s in samples if s.position == position).in_call:
         return False
     return median(sample.waited for sample in samples) < sys.getswitchinterval() / 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from dataclasses import replace
 from typing import Final
 
@@ -36,9 +37,12 @@ class Judge:
         self.elsewhere: dict[int, Sample] = {}
         """What the other threads did when the loop was found late: one of them may keep the GIL."""
         self._threads: dict[int, float] = {}
+        self._threads_before = self._threads
+        self._looked = 0.0
 
     def look_at_threads(self) -> None:
         """Remember how much CPU time each thread has had. Now and then, while all is well."""
+        self._threads_before, self._looked = self._threads, time.monotonic()
         self._threads = _cpu_of_threads()
 
     def block(self, held: Held, after: Clocks, lack: Lack) -> Block:
@@ -92,12 +96,14 @@ class Judge:
     def _find_culprit(self, held: Held, least: float) -> Sample | None:
         """Return what used most CPU since all were looked at, in one thread or several; at least ``least`` seconds."""
         now = _cpu_of_threads()
+        # A watchdog that itself waits for the GIL may have found all well when this had begun already.
+        before = self._threads if self._looked <= held.earliest else self._threads_before
         sites: dict[str, float] = {}
         for thread in threading.enumerate():
             sample = self.elsewhere.get(thread.ident or 0)
             if sample is None or thread.native_id is None:
                 continue
-            used = now.get(thread.native_id, 0.0) - self._threads.get(thread.native_id, 0.0)
+            used = now.get(thread.native_id, 0.0) - before.get(thread.native_id, 0.0)
             used = sites[sample.site] = sites.get(sample.site, 0.0) + used
             if used > least:
                 least, held.culprit = used, sample
