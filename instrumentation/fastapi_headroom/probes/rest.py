@@ -89,7 +89,7 @@ class Rest:
         again, self.held = self.held, False
         if not in_flight and not pulse.paused and pulse.loop.is_running():
             clocks = self._look(now)
-            recent = now - beat.clocks.at < 0.8 * self._threshold
+            recent = time.monotonic() - beat.clocks.at < 0.8 * self._threshold
             if clocks is not None and recent and clocks.cpu - beat.clocks.cpu < AWAKE:
                 if pulse.resting:
                     pulse.beat = Beat(clocks, due_after(now, self._threshold))
