@@ -73,8 +73,7 @@ class Driven(Coroutine[Any, Any, Any]):
 
     def __next__(self) -> Any:
         # What tasks and await call for every step but a thrown one; written out here because it is the hot path.
-        ledger = self._ledger
-        send = self._send
+        ledger, send = self._ledger, self._send
         if ledger.stepping or ledger.finished:
             return send(None) if ledger.stepping else self._step_after(send, None)
         started = perf_counter()

@@ -275,10 +275,8 @@ class Exchange:
             series.outcome.inc()
         if self.disconnected:
             series.route.disconnect(1.0)
-        if series.policies is not None and self._start is not None:
-            headers = self._start.get("headers")
-            if type(headers) is list:  # see ``_headers``
-                series.policies.note(headers)
+        if series.policies is not None:
+            series.policies.note(self._headers())
         if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers()):
             series.route.compressible(sent)
 

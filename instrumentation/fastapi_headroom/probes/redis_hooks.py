@@ -74,11 +74,7 @@ class RedisHooks:
             request = current()
             if request is not None:
                 request.cache_calls += 1
-                if request.stepping:  # as ``enter`` does then
-                    request.waited = True
-                    request.waits.append(CACHE)
-                else:
-                    request.enter(CACHE)
+                request.enter(CACHE)
             started = now()
             try:
                 reply = original(client, *args, **options)
@@ -87,13 +83,7 @@ class RedisHooks:
                 raise
             finally:
                 if request is not None:
-                    if request.stepping:  # as ``leave`` does then
-                        try:
-                            request.waits.remove(CACHE)
-                        except ValueError:
-                            pass
-                    else:
-                        request.leave(CACHE)
+                    request.leave(CACHE)
             ended = now()
             probe.command_done(client, command, args, reply, ended - started, ended, request)
             return reply
@@ -114,11 +104,7 @@ class RedisHooks:
             request = current()
             if request is not None:
                 request.cache_calls += 1
-                if request.stepping:  # as ``enter`` does then
-                    request.waited = True
-                    request.waits.append(CACHE)
-                else:
-                    request.enter(CACHE)
+                request.enter(CACHE)
             started = now()
             try:
                 reply = await original(client, *args, **options)
@@ -127,13 +113,7 @@ class RedisHooks:
                 raise
             finally:
                 if request is not None:
-                    if request.stepping:  # as ``leave`` does then
-                        try:
-                            request.waits.remove(CACHE)
-                        except ValueError:
-                            pass
-                    else:
-                        request.leave(CACHE)
+                    request.leave(CACHE)
             ended = now()
             probe.command_done(client, command, args, reply, ended - started, ended, request)
             return reply

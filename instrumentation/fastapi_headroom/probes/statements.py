@@ -92,11 +92,7 @@ class Statements:
             request = current()
             if request is not None:
                 request.queries += 1
-                if request.stepping:  # as ``enter`` does then
-                    request.waited = True
-                    request.waits.append(DB)
-                else:
-                    request.enter(DB)
+                request.enter(DB)
             error = ""
             started = now()
             try:
@@ -134,11 +130,7 @@ class Statements:
             request = current()
             if request is not None:
                 request.queries += 1
-                if request.stepping:  # as ``enter`` does then
-                    request.waited = True
-                    request.waits.append(DB)
-                else:
-                    request.enter(DB)
+                request.enter(DB)
             error = ""
             started = now()
             try:
@@ -166,11 +158,7 @@ class Statements:
                 return
             request = current()
             if request is not None:
-                if request.stepping:  # as ``enter`` does then
-                    request.waited = True
-                    request.waits.append(DB)
-                else:
-                    request.enter(DB)
+                request.enter(DB)
             error = ""
             started = now()
             try:
@@ -199,13 +187,7 @@ class Statements:
     def _finish(self, connection: Any, text: str, elapsed: float, error: str, request: Ledger | None) -> None:
         """End the wait of a statement and record it."""
         if request is not None:
-            if request.stepping:  # as ``leave`` does then
-                try:
-                    request.waits.remove(DB)
-                except ValueError:
-                    pass
-            else:
-                request.leave(DB)
+            request.leave(DB)
         try:
             fairy = connection._dbapi_connection
             record = None if fairy is None else fairy._connection_record
