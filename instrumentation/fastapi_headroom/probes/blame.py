@@ -132,8 +132,8 @@ def _in_one_call(samples: Sequence[Sample]) -> bool:
     if len(samples) < 2:
         return False
     # The last look may come when the call has just returned.
-    position, times = Counter(sample.position for sample in samples).most_common(1)[0]
-    if times < MOSTLY * len(samples) or not next(s for s in samples if s.position == position).in_call:
+    (_, in_call), times = Counter((sample.position, sample.in_call) for sample in samples).most_common(1)[0]
+    if times < MOSTLY * len(samples) or not in_call:
         return False
     return median(sample.waited for sample in samples) < sys.getswitchinterval() / 2
 

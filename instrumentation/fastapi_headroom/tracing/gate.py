@@ -219,15 +219,13 @@ _ROOT = Context()
 (_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, _ROOT)
 """Where a context keeps its span."""
 _LOW_64_BITS = (1 << 64) - 1
+_NO_FLAGS = TraceFlags(TraceFlags.DEFAULT)
+_RANDOM_FLAGS = TraceFlags(_RANDOM)
 
 
 def is_unsampled() -> bool:
     """Return whether the code that runs belongs to a request that the gate dropped."""
     return type(_current().get(_SPAN_KEY)) is UnsampledSpan
-
-
-_NO_FLAGS = TraceFlags(TraceFlags.DEFAULT)
-_RANDOM_FLAGS = TraceFlags(_RANDOM)
 
 
 def decides_early(tracer: Any) -> bool:
