@@ -22,25 +22,17 @@ from fastapi_cache.decorator import cache as cached_answer
 
 from demo_app.stack.process import free_port
 from demo_app.stack.servers import Memcached, Redis
-from fastapi_headroom.probes.cache import CacheProbe
 from fastapi_headroom.probes.caches.probe import LocalCachesProbe
-from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 
 REQUESTS = "headroom_cache_requests_total"
 
 
-@pytest.fixture
-def probe(writer: Writer) -> Iterator[LocalCachesProbe]:
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    """The libraries are as they were, once the probe is closed."""
     originals = Memory.get, InMemoryBackend.get_with_ttl
-    cache = CacheProbe(load({}))
-    probe = LocalCachesProbe(cache)
-    cache.bind(writer)
-    probe.bind(writer)
-    yield probe
-    assert writer.value("headroom_probe_up", probe="cache") == 1.0
-    probe.close()
-    cache.close()
+    yield
     assert (Memory.get, InMemoryBackend.get_with_ttl) == originals
 
 

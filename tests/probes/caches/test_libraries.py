@@ -33,23 +33,6 @@ def memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
         yield server
 
 
-@pytest.fixture
-def writer() -> Writer:
-    return Writer.in_memory()
-
-
-@pytest.fixture
-def probe(writer: Writer) -> Iterator[LocalCachesProbe]:
-    cache = CacheProbe(load({}))
-    probe = LocalCachesProbe(cache)
-    cache.bind(writer)
-    probe.bind(writer)
-    yield probe
-    assert writer.value("headroom_probe_up", probe="cache") == 1.0
-    probe.close()
-    cache.close()
-
-
 def counts(writer: Writer, cache: str, pattern: str) -> tuple[float, float]:
     """Return hits and misses of a key pattern."""
     hit, miss = (writer.value(REQUESTS, cache=cache, key_pattern=pattern, result=it) for it in ("hit", "miss"))
