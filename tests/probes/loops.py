@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -29,7 +30,11 @@ DELAY = "headroom_event_loop_delay_seconds"
 
 @asynccontextmanager
 async def measured(**settings: Any) -> AsyncIterator[tuple[Writer, LoopProbe]]:
-    """Measure the running loop; ready once the heartbeat beats."""
+    """Measure the running loop; ready once the heartbeat beats.
+
+    Only collections that are asked for happen: one that falls due by itself falls where it likes, and is a cause.
+    """
+    gc.disable()
     writer, probe = Writer.in_memory(), LoopProbe(Settings(**settings))
     probe.guard.bind(writer)
     probe.bind(writer)
@@ -40,6 +45,7 @@ async def measured(**settings: Any) -> AsyncIterator[tuple[Writer, LoopProbe]]:
         assert writer.value("headroom_probe_errors_total", probe="loop") == 0, "a hook failed"
     finally:
         probe.close()
+        gc.enable()
 
 
 async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:

@@ -108,16 +108,12 @@ def test_block_in_a_greenlet(run: Run, fault: Fault, site: str, cause: str) -> N
 
 def test_slow_result_processor(run: Run) -> None:
     """A large JSON column is decoded in C in the greenlet, with the GIL kept: native, at the coroutine that read it."""
-    gc.disable()  # decoding sets off collections, which are a cause of their own
-    try:
 
-        async def main() -> None:
-            async with a_session(rows=250_000) as session:
-                await read_a_large_document(session)
+    async def main() -> None:
+        async with a_session(rows=250_000) as session:
+            await read_a_large_document(session)
 
-        found = undisturbed(run, main)
-    finally:
-        gc.enable()
+    found = undisturbed(run, main)
     named = {name.split(":")[1]: why for (name, why) in found if name.startswith(HERE)}
     assert named.get("read_a_large_document") == "native", found
 

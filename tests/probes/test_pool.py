@@ -30,6 +30,7 @@ from fastapi_headroom.probes.pool_hooks import _takes_at_once
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.tracing import spans
+from tests.support.drivers import kill
 
 pytestmark = pytest.mark.alone
 
@@ -341,12 +342,10 @@ async def test_broken_connections_are_counted(pool_probe: PoolProbe, writer: Wri
     """
     url = postgres.url(driver="asyncpg")
     engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_pre_ping=True, pool_logging_name="shop")
-    other = create_async_engine(url, poolclass=NullPool)
     async with engine.connect() as connection, engine.connect():
-        pid = (await connection.execute(text("select pg_backend_pid()"))).scalar_one()
+        broken = (await connection.get_raw_connection()).driver_connection
     assert value(writer, "headroom_pool_ping_failures_total") == 0
-    async with other.connect() as connection:
-        await connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": pid})
+    await kill(postgres, broken.get_server_pid(), broken)
     for _ in range(2):
         async with engine.connect() as first, engine.connect() as second:
             for connection in (first, second):

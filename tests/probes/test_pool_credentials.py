@@ -20,6 +20,7 @@ from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.probes.pool_names import derive_name
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.writer import Writer
+from tests.support.drivers import KILLED
 
 USER, PASSWORD = "zoe_login", "hunter2 @:/?&%"
 QUOTED = "hunter2%20%40%3A%2F%3F%26%25"
@@ -119,7 +120,7 @@ async def test_neither_shows_of_an_async_engine(login: Postgres, caplog: pytest.
     url = URLS[0].format(driver="postgresql+asyncpg", user=USER, password=QUOTED, host="127.0.0.1", port=login.port)
     engine = create_async_engine(url)
     try:
-        with pytest.raises(exc.DBAPIError):
+        with pytest.raises(KILLED):
             async with asyncio.timeout(10), engine.connect() as connection:
                 await connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
         probe.sample()

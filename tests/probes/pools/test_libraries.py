@@ -22,6 +22,7 @@ from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.pools.probe import OtherPoolsProbe
 from fastapi_headroom.store.writer import Writer
 from tests.probes.pools import libraries
+from tests.support.drivers import kill
 
 POOL = "db_client_connection_pool_name"
 
@@ -40,15 +41,6 @@ def probe(writer: Writer) -> Iterator[OtherPoolsProbe]:
     probe.close()
 
 
-async def kill(postgres: Postgres, pid: int) -> None:
-    """Let the server end a connection, and wait until it has."""
-    other = await asyncpg.connect(postgres.dsn)
-    await other.execute("select pg_terminate_backend($1)", pid)
-    while await other.fetchval("select count(*) from pg_stat_activity where pid = $1", pid):
-        await asyncio.sleep(0.01)
-    await other.close()
-
-
 @pytest.mark.parametrize("held", [True, False], ids=["held", "idle"])
 async def test_asyncpg_connections_that_the_server_ends(
     probe: OtherPoolsProbe, writer: Writer, postgres: Postgres, held: bool
@@ -59,7 +51,7 @@ async def test_asyncpg_connections_that_the_server_ends(
         async with pool.acquire() as connection:
             pid = connection.get_server_pid()
             if held:
-                await kill(postgres, pid)
+                await kill(postgres, pid, connection._con)
         if not held:
             await kill(postgres, pid)
         async with asyncio.timeout(30):
