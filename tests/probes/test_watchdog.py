@@ -185,8 +185,8 @@ def test_every_short_block_is_noticed(run: Run) -> None:
 
     async def main() -> float:
         """Return by how much the machine was late at worst."""
-        late, moment = 0.0, time.monotonic()
         async with measured() as (writer, _):
+            late, moment = 0.0, time.monotonic()
             for _ in range(20):
                 for seconds in (0.02, 0.12):
                     if seconds < 0.1:
