@@ -16,6 +16,7 @@ from fastapi_headroom.exporter.key_samples import MOST, KeySampler
 from fastapi_headroom.exporter.memcached_server import MemcachedPoller
 from fastapi_headroom.probes.queue_adapters import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.redis_link import PORT, Command, RedisLink
+from fastapi_headroom.probes.queue_adapters.redis_sentinel import sentinels_of
 from fastapi_headroom.probes.queue_adapters.url import QueueURL
 
 EXAMPLE: Final = "redis://host:6379/0?name=main&sample=20"
@@ -115,10 +116,11 @@ def _parse(url: str) -> QueueURL:
     """
     try:
         parts = urlsplit(url)
-        host = f"{parts.hostname or 'localhost'}:{parts.port or PORT}"
+        given = dict(parse_qsl(parts.query, keep_blank_values=True))
+        sentinels, place = sentinels_of(parts, given)
+        host = sentinels.service if sentinels else f"{parts.hostname or 'localhost'}:{parts.port or PORT}"
     except ValueError:  # its text may hold a part of the password
         raise SettingsError(f"cache server URL has no usable host and port; it looks like {EXAMPLE}") from None
-    given = dict(parse_qsl(parts.query, keep_blank_values=True))
     named = given.pop("name", "")
     sample = given.pop("sample", "0")
     if not (sample.isascii() and sample.isdigit() and len(sample) <= 3 and int(sample) <= MOST):
@@ -126,14 +128,15 @@ def _parse(url: str) -> QueueURL:
     database = given.get("db", "0") if parts.scheme == "unix" else parts.path.strip("/") or "0"
     for name in given.keys() - ({"db"} if parts.scheme == "unix" else set()):
         raise SettingsError(
-            f"cache server URL has unknown parameter {name!r}; known are name and sample, as in {EXAMPLE}"
+            f"cache server URL has unknown parameter {name!r}; known are name, sample, sentinel and sentinel_password, "
+            f"as in {EXAMPLE}"
         )
     if not database.isdigit():
         raise SettingsError(f"cache server URL names its database by no number; it looks like {EXAMPLE}")
     query = f"db={database}" if parts.scheme == "unix" else ""
-    server = urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+    server = urlunsplit((parts.scheme, place, parts.path, query, ""))
     where = "unix" if parts.scheme == "unix" else host
-    return QueueURL(server, named or f"{where}/{database}", (), {"sample": sample})
+    return QueueURL(server, named or f"{where}/{database}", (), {"sample": sample}, sentinels)
 
 
 def _number(text: str) -> float | None:

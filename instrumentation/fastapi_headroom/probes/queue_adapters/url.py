@@ -1,5 +1,7 @@
 """The URLs that name the queues to poll: ``KIND+BROKER://[user:password@]host:port/db?queues=a,b``.
 
+With ``sentinel=NAME`` the host of a Redis is that of its sentinels, one or several with commas between them.
+
 Errors show no part of a URL but its scheme and the names of its parameters: the rest may hold a password.
 """
 
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from fastapi_headroom.errors import SettingsError
+from fastapi_headroom.probes.queue_adapters import redis_sentinel
+from fastapi_headroom.probes.queue_adapters.redis_sentinel import Sentinels, sentinels_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,8 @@ class QueueURL:
     """The queues that are named, without doubles; may be empty."""
     parameters: dict[str, str]
     """The other parameters."""
+    sentinels: Sentinels | None = None
+    """Who tells where the broker is; ``broker`` has a host of no meaning then."""
 
 
 def parse(url: str, example: str, port: int, parameters: tuple[str, ...] = ()) -> QueueURL:
@@ -33,18 +39,22 @@ def parse(url: str, example: str, port: int, parameters: tuple[str, ...] = ()) -
     """
     try:
         parts = urlsplit(url)
-        at = f"{parts.hostname or 'localhost'}:{parts.port or port}"
     except ValueError:  # its text may hold a part of the password
         raise unusable(example) from None
     kind, _, scheme = parts.scheme.partition("+")
-    known = ("queues", *parameters)
+    known = ("queues", *parameters, *(redis_sentinel.PARAMETERS if scheme in redis_sentinel.SCHEMES else ()))
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
     for name in given:
         if name not in known:
             raise SettingsError(f"queue URL has unknown parameter {name!r}; known are {', '.join(known)}")
+    sentinels, place = sentinels_of(parts, given)
+    try:
+        at = sentinels.service if sentinels else f"{parts.hostname or 'localhost'}:{parts.port or port}"
+    except ValueError:
+        raise unusable(example) from None
     queues = tuple(dict.fromkeys(name for name in given.pop("queues", "").split(",") if name))
-    broker = urlunsplit((scheme, parts.netloc, parts.path, "", ""))
-    return QueueURL(broker, f"{kind}+{scheme}://{at}{parts.path}", queues, given)
+    broker = urlunsplit((scheme, place, parts.path, "", ""))
+    return QueueURL(broker, f"{kind}+{scheme}://{at}{parts.path}", queues, given, sentinels)
 
 
 def parse_named(url: str, example: str, port: int, parameters: tuple[str, ...] = ()) -> QueueURL:
