@@ -73,6 +73,16 @@ class Server:
                 return int(line.split()[1]) / 1024
         raise KeyError(field)
 
+    def exporter(self) -> str:
+        """Return the URL of the metrics: that of the socket the process listens on besides the one it serves."""
+        mine = set()
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # others come and go
+                mine.add(str(descriptor.readlink()).removeprefix("socket:[").rstrip("]"))
+        rows = [line.split() for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()[1:]]
+        listening = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in mine}
+        return f"http://127.0.0.1:{(listening - {self.port}).pop()}/metrics"
+
     def close(self) -> None:
         """Stop the process."""
         for connection in self._connections:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,3 +120,22 @@ def test_the_demo_uses_public_names_only() -> None:
         for name in imports_of(path):
             if name.startswith("fastapi_headroom"):
                 assert name == "fastapi_headroom", f"{path.name} imports {name}"
+
+
+def test_init_imports_nothing_that_only_some_workers_need() -> None:
+    """Besides this package ``init`` loads the standard library alone; what only settings ask for stays on the disk."""
+    code = (
+        "import json, sys, anyio._backends._asyncio, fastapi, uvicorn\n"
+        "app, before = fastapi.FastAPI(), set(sys.modules)\n"
+        "import fastapi_headroom\n"
+        "fastapi_headroom.init(app)\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(json.loads(printed))
+    assert {name.split(".")[0] for name in loaded} - sys.stdlib_module_names == {"fastapi_headroom"}
+    assert not loaded & {"argparse", "difflib"}
+    adapters = "fastapi_headroom.probes.queue_adapters"
+    assert {name for name in loaded if name.startswith(adapters)} == {adapters, f"{adapters}.base"}
+    rooms = {".".join(name.split(".")[1:3]) for name in loaded if name.startswith("fastapi_headroom.")}
+    assert not rooms & {"cli", "pack", "testing", "exporter.sidecar", "exporter.cache_servers", "tracing.gate"}

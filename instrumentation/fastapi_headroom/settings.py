@@ -7,30 +7,28 @@ logged in one line with its remedy and the default stands in: a typo must not ta
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from fastapi_headroom.errors import SettingsError
 
 log = logging.getLogger("fastapi_headroom")
 PREFIX = "HEADROOM_"
 STEMS = ("request", "pool", "cache", "loop", "queue", "runtime")
-Words = Annotated[tuple[str, ...], NoDecode]
+Words = tuple[str, ...]
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What can be set. Durations are seconds; names lists are comma-separated in variables."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     service_name: str = ""
     """Name of the service; default: OTEL_SERVICE_NAME, else the name of the working directory."""
@@ -169,17 +167,7 @@ def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings
             raise SettingsError(f"init() has no setting {name!r}{_suggest(name)}")
         if (problem := _problem(name, value)) is not None:
             raise SettingsError(f"setting {name}={_shown(name, value)!r} cannot be used: {problem}")
-    return _Plain(**(values | arguments))
-
-
-class _Plain(Settings):
-    """Settings whose sources are what ``load`` hands over, and nothing else."""
-
-    @classmethod
-    def settings_customise_sources(  # type: ignore[override]
-        cls, settings_cls: Any, init_settings: Any, **_: Any
-    ) -> Any:
-        return (init_settings,)
+    return Settings(**(values | arguments))
 
 
 def _standard_variables(env: Mapping[str, str]) -> dict[str, Any]:
@@ -224,7 +212,7 @@ def sdk_counts_spans(environ: Mapping[str, str] | None = None) -> bool:
 
 def _problem(name: str, value: Any) -> str | None:
     try:
-        _Plain(**{name: value})
+        Settings(**{name: value})
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return None
@@ -236,6 +224,8 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _suggest(name: str, prefix: str = "", *, upper: bool = False) -> str:
+    import difflib  # for this message alone, and it is large
+
     near = difflib.get_close_matches(name, Settings.model_fields, n=1)
     if not near:
         known = ", ".join(sorted(Settings.model_fields))

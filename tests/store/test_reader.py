@@ -357,3 +357,16 @@ def test_a_reader_that_runs_on_shows_the_help_of_the_newer_release(
         writer.close()
     assert {family.name: family.help for family in snapshot.families}["headroom_probe_errors"] == "As it is."
     assert snapshot.values()[ERRORS] == 2
+
+
+def test_what_series_have_in_common_is_kept_once(tmp_path: Path) -> None:
+    """A label's name and value are one object in all series of a snapshot: a scraper has ten thousand of them."""
+    writer = Writer.open(tmp_path)
+    for metric in (catalog.REQUEST_LATENCY, catalog.LOOP_HOLD):
+        writer.histogram(metric, "/items/{id}").observe(0.2)
+    rows = [row for family in Reader(tmp_path).read().families for row in family.rows.series]
+    pairs = {id(pair): pair for _, labels in rows for pair in labels}
+    assert len(pairs) == len(set(pairs.values())) > len(catalog.HOLDS)
+    names = {id(name): name for name, _ in rows}
+    assert len(names) == len(set(names.values()))
+    writer.close()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
-from fastapi_headroom.exporter.cache_servers import cache_poller_for
 from fastapi_headroom.probes.queue_adapters import Poller, Sample, poller_for
 
 log = logging.getLogger("fastapi_headroom")
@@ -93,6 +92,13 @@ class PolledQueue:
             )
         self._up = False
         self._rows = []
+
+
+def cache_poller_for(url: str) -> Poller:
+    """Return the poller for a cache server's URL; what knows such servers is imported where there are any."""
+    from fastapi_headroom.exporter import cache_servers
+
+    return cache_servers.cache_poller_for(url)
 
 
 class PolledCache(PolledQueue):

@@ -129,7 +129,7 @@ class _File:
 
     def _parse(self, content: bytes, used: int) -> None:
         start = self._used
-        for raw, index in layout.parse(content, 0, used - start, start):
+        for raw, index in layout.walk(content, 0, used - start, start):
             if not raw.startswith(_HEADS):  # nearly all of them
                 continue
             family, sample, labels, _ = layout.parse_key(raw)

@@ -225,7 +225,7 @@ class _Slot:
         used = layout.read_used(_read_file(self._histograms, layout.HEADER))
         if before != inode or used < start:
             self.buckets, start = {}, layout.HEADER
-        entries = layout.parse(_read_file(self._histograms, used - start, start), 0, used - start, start)
+        entries = layout.walk(_read_file(self._histograms, used - start, start), 0, used - start, start)
         for raw, index in entries:
             number = numbers.of(raw)
             if number is not None:

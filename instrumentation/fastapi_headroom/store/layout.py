@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json import dumps, loads  # by name: a test of the app's that mocks json.dumps counts its own calls only
+from mmap import mmap
 
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.errors import StoreError
@@ -24,6 +25,7 @@ VERSION = 2
 """Raised when our use of the format changes, so that files of another version are carried over."""
 GAUGE_MODES = ("all", "liveall", "min", "livemin", "max", "livemax", "sum", "livesum", "mostrecent", "livemostrecent")
 
+Buffer = bytes | bytearray | memoryview | mmap
 _length = struct.Struct("i")
 _two_doubles = struct.Struct("dd")
 _SLOT_FILE = re.compile(r"slot(\d+)")
@@ -119,7 +121,34 @@ def clean(text: str) -> str:
 def entry(raw: bytes, value: float = 0.0, timestamp: float = 0.0) -> bytes:
     """Return the bytes of one entry. The value lies 16 bytes before its end."""
     padding = b" " * (8 - (len(raw) + 4) % 8)
-    return _length.pack(len(raw)) + raw + padding + _two_doubles.pack(value, timestamp)
+    return head(raw) + padding + _two_doubles.pack(value, timestamp)
+
+
+def head(raw: bytes) -> bytes:
+    """Return the bytes of an entry that say which one it is."""
+    return _length.pack(len(raw)) + raw
+
+
+def value_index(offset: int, raw: bytes) -> int:
+    """Return the index of an entry's value, in the file seen as doubles, by the offset at which the entry begins."""
+    end = offset + 4 + len(raw)
+    return (end + 8 - end % 8) // 8
+
+
+def by_series(entries: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
+    """Yield entries that lie one after the other, grouped: what a histogram or summary has follows its sum."""
+    members: list[tuple[bytes, int]] = []
+    family: bytes | None = None
+    for raw, index in entries:
+        is_sum = b'_sum", {' in raw
+        if members and (is_sum or family is None or not raw.startswith(family)):
+            yield members
+            members = []
+        if not members:
+            family = raw[: raw.find(b'", "') + 4] if is_sum else None
+        members.append((raw, index))
+    if members:
+        yield members
 
 
 def used_header(used: int) -> bytes:
@@ -142,24 +171,27 @@ def read_used(buffer: bytes | bytearray | memoryview) -> int:
     return used
 
 
-def parse(buffer: bytes | bytearray | memoryview, start: int, used: int, base: int = 0) -> list[tuple[bytes, int]]:
-    """Return the keys between two offsets, each with the index of its value in the file seen as doubles.
+def parse(buffer: Buffer, start: int, used: int, base: int = 0) -> list[tuple[bytes, int]]:
+    """Return what ``walk`` yields."""
+    return list(walk(buffer, start, used, base))
+
+
+def walk(buffer: Buffer, start: int, used: int, base: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Yield the keys between two offsets, each with the index of its value in the file seen as doubles.
 
     ``base`` is the offset in the file at which the buffer begins. Raises TornFileError when an entry
     reaches beyond ``used`` or the buffer.
     """
     if used > len(buffer):
         raise TornFileError(f"the header says that {used} bytes are used, the file ends after {len(buffer)}")
-    entries = []
     position = start
     while position < used:
         size: int = _length.unpack_from(buffer, position)[0]
         value_at = position + 4 + size + (8 - (size + 4) % 8)
         if size <= 0 or value_at + 16 > used:
             raise TornFileError(f"the entry at byte {position} reaches beyond the {used} bytes used")
-        entries.append((bytes(buffer[position + 4 : position + 4 + size]), (base + value_at) // 8))
+        yield bytes(buffer[position + 4 : position + 4 + size]), (base + value_at) // 8
         position = value_at + 16
-    return entries
 
 
 def fingerprint(metrics: Iterable[Metric]) -> str:

@@ -21,7 +21,6 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from fastapi_headroom.store import layout
 from fastapi_headroom.store.handles import counting_lock
 
 PLACES = 512
@@ -44,17 +43,15 @@ class Marks:
         self._first = (capacity - TABLE) // 8
         self._starts: list[int] = []
 
-    def begin(self, positions: Iterable[tuple[bytes, int]]) -> None:
-        """Lay out blocks anew over the series that a file has, and call all of it written to."""
+    def begin(self, offsets: Iterable[int]) -> None:
+        """Lay out blocks anew over the series that begin at these offsets, and call all of it written to."""
         view, first = self._view, self._first
         view[first + PLACES] = 1.0
         for index in range(first + 1, first + PLACES):
             view[index] = view[index + PLACES] = 0.0
         self._starts = []
-        for raw, index in positions:
-            # A series begins with its sum: its buckets stay in one block.
-            if b'_sum", {' in raw:
-                self.extend(index * 8 - len(layout.entry(raw)) + 16)
+        for offset in offsets:
+            self.extend(offset)
         view[first + 2 * PLACES] = float(random.getrandbits(40))  # no other owner's generation
         view[first] = struct.unpack("d", MAGIC)[0]
 

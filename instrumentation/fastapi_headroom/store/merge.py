@@ -39,26 +39,38 @@ class SeriesIndex:
         self.series: list[Series] = []
         self.help: dict[str, str] = {}
         self._numbers: dict[Series, int] = {}
-        self._keys: dict[tuple[str, str, str, bytes], int] = {}
+        self._keys: dict[tuple[str, str, str], dict[bytes, int]] = {}
+        """By kind, mode and process."""
+        self._texts: dict[str, str] = {}
+        self._pairs: dict[tuple[str, str], tuple[str, str]] = {}
 
     def number(self, file: FileName, raw: bytes) -> int:
         """Return the number of the series of a key. Raises TornFileError for a key that is none."""
         mode = file.mode.removeprefix("live")
         pid = file.identifier if mode == "all" else ""
-        known = self._keys.get((file.kind, mode, pid, raw))
+        keys = self._keys.setdefault((file.kind, mode, pid), {})
+        known = keys.get(raw)
         if known is None:
             family, name, labels, help_text = layout.parse_key(raw)
             if pid:
                 labels = tuple(sorted((*labels, ("pid", pid))))
             if file.kind == "histogram":
                 _check_bound(labels, raw)
-            series = Series(file.kind, mode, family, name, labels)
+            shared = tuple([self._pairs.get(pair) or self._share(pair) for pair in labels])
+            series = Series(file.kind, mode, self._text(family), self._text(name), shared)
             known = self._numbers.setdefault(series, len(self.series))
             if known == len(self.series):
                 self.series.append(series)
             self.help[family] = help_text  # a key that is new may be that of a newer release
-            self._keys[file.kind, mode, pid, raw] = known
+            keys[raw] = known
         return known
+
+    def _share(self, pair: tuple[str, str]) -> tuple[str, str]:
+        """Return a label's name and value as the one object that all series have: most have few of their own."""
+        return self._pairs.setdefault(pair, (self._text(pair[0]), self._text(pair[1])))
+
+    def _text(self, text: str) -> str:
+        return self._texts.setdefault(text, text)
 
 
 def _check_bound(labels: Labels, raw: bytes) -> None:

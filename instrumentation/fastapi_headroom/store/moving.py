@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from fastapi_headroom.store import layout
 from fastapi_headroom.store.handles import MOVES, Gauge, Handle, Histogram, counting_lock
 from fastapi_headroom.store.region import Region
 
@@ -20,7 +21,8 @@ def move(source: Region, target: Region, *, same_file: bool = False) -> None:
     ``same_file`` says that both map one file: then nothing but the handles moves. Raises FullError or OSError
     when the target has no room: what has moved until then stays moved, the rest stays.
     """
-    keys = {index: raw for raw, index in source.positions.items()}
+    keys = {index: raw for raw, index in source.positions()}
+    moved: set[int] = set()
     groups: defaultdict[int, list[Handle]] = defaultdict(list)
     for handle in source.handles:
         groups[handle.index].append(handle)
@@ -37,15 +39,17 @@ def move(source: Region, target: Region, *, same_file: bool = False) -> None:
             MOVES.count += 1
             if not same_file and not isinstance(first, Gauge):
                 _add(source.view, indexes, target.view, places)
-            for i in indexes:
-                del source.positions[keys[i]]
-        for raw, index in list(source.positions.items()):  # series of an earlier owner that nobody writes to now
-            places = target.place([raw])
+            moved.update(indexes)
+        left = [(raw, index) for index, raw in keys.items() if index not in moved]
+        for series in layout.by_series(left):  # of an earlier owner; nobody writes to them now
+            indexes = tuple(index for _, index in series)
+            places = target.place([raw for raw, _ in series])
             if not same_file:
                 target.marks.flag_all()
-                _add(source.view, (index,), target.view, places)
-            del source.positions[raw]
+                _add(source.view, indexes, target.view, places)
+            moved.update(indexes)
     finally:
+        source.forget(moved)
         source.handles = [handle for handle in source.handles if handle.view is source.view]
 
 

@@ -72,6 +72,7 @@ class _FamilyPlan:
             else:
                 buckets.setdefault(float(bound), []).append(number)
         rows: list[tuple[str, Labels]] = []
+        bucket = f"{name}_bucket"
         self._parts = []
         for labels, (buckets, others) in sorted(sets.items()):
             bounds = sorted(buckets)
@@ -81,7 +82,7 @@ class _FamilyPlan:
             plain = len(cells) == len(bounds)
             others = [number for number in others if not (bounds and index.series[number].name == f"{name}_count")]
             self._offsets.append(len(rows))
-            rows += [(f"{name}_bucket", tuple(sorted((*labels, ("le", layout.bound_text(bound)))))) for bound in bounds]
+            rows += [(bucket, _with_bound(index.series[buckets[bound][-1]].labels, labels, bound)) for bound in bounds]
             rows += [(index.series[number].name, labels) for number in others]
             if bounds:
                 rows.append((f"{name}_count", labels))
@@ -121,3 +122,9 @@ class _FamilyPlan:
 
     def _of(self, values: Sequence[float]) -> Family:
         return Family.of_rows(self.name, self.kind, self._help[self.name], self.rows, values)
+
+
+def _with_bound(own: Labels, without: Labels, bound: float) -> Labels:
+    """Return a bucket's labels with its bound as we spell it: its own as a rule, which are there already."""
+    pair = ("le", layout.bound_text(bound))
+    return own if pair in own else tuple(sorted((*without, pair)))

@@ -174,7 +174,7 @@ class Reader:
         identifier = "memory" if part.slot is None else f"slot{part.slot}"
         name = FileName.parse(f"{part.stem}_{identifier}.db")
         assert name is not None
-        positions = list(part.region.positions.items())
+        positions = part.region.positions()
         series = tuple(self._index.number(name, raw) for raw, _ in positions)
         layout_ = self._layouts.get(series, tuple(index for _, index in positions))
         mode = name.mode.removeprefix("live")

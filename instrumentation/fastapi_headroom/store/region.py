@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastapi_headroom.store import layout
 from fastapi_headroom.store.handles import MOVES, Handle
+from fastapi_headroom.store.keys import Keys, follow, laid_out
 from fastapi_headroom.store.marks import TABLE, Marks, are_kept_in
 from fastapi_headroom.store.slot import has_name
 
@@ -29,8 +30,8 @@ class FullError(Exception):
 class Region:
     """Series in one mapping. Callers hold the writer's lock, save for the handles' own writes."""
 
-    __slots__ = ("_fd", "_map", "_path", "_reserved", "capacity", "handles", "is_marked", "marks",
-                 "positions", "used", "view")  # fmt: skip
+    __slots__ = ("_all", "_fd", "_gone", "_keys", "_map", "_path", "_reserved", "capacity", "handles", "is_marked",
+                 "marks", "samples", "used", "view")  # fmt: skip
 
     def __init__(self, mapping: mmap.mmap, fd: int | None, used: int, reserved: int) -> None:
         self._map = mapping
@@ -43,8 +44,14 @@ class Region:
         self.marks = Marks(self.view, self.capacity)
         self.is_marked = False
         """Whether readers find marks in the file."""
-        self.positions: dict[bytes, int] = {}
+        self.samples = 0
+        """How many values are here."""
         self.handles: list[Handle] = []
+        self._keys = Keys()
+        self._all: dict[bytes, int] | None = None
+        """Every key with the index of its value, once a series is met whose values do not all lie together."""
+        self._gone: set[int] = set()
+        """Indexes of values that have moved elsewhere."""
 
     @classmethod
     def anonymous(cls, capacity: int = CAPACITY) -> Region:
@@ -73,9 +80,8 @@ class Region:
             region = cls._map_file(fd, path, capacity, layout.HEADER + len(content))
             region._map[layout.HEADER : region.used] = content
             region._map[0:4] = layout.used_header(region.used)
-            region.positions = dict(layout.parse(memoryview(region._map), layout.HEADER, region.used))
             region._path = path
-            region._begin_marks()
+            region._take_note(_Contents(layout.walk(content, 0, len(content), layout.HEADER)))
         except BaseException:
             os.close(fd)
             unnamed.unlink(missing_ok=True)
@@ -98,14 +104,13 @@ class Region:
             # Read before it is mapped: what a short file does not hold must not be touched in the mapping.
             size = os.fstat(fd).st_size
             used = layout.read_used(os.pread(fd, layout.HEADER, 0))
-            positions = dict(layout.parse(_read(fd, min(used, size)), layout.HEADER, used))
+            contents = _Contents(layout.walk(_read(fd, min(used, size)), layout.HEADER, used))
             region = cls._map_file(fd, path, max(capacity, size // 8 * 8), used)
         except BaseException:
             os.close(fd)
             raise
-        region.positions = positions
         region._path = path
-        region._begin_marks()
+        region._take_note(contents)
         return region
 
     @property
@@ -143,32 +148,70 @@ class Region:
         return cls(mmap.mmap(fd, capacity), fd, used, reserved)
 
     def place(self, keys: list[bytes]) -> list[int]:
-        """Return the indexes of the values of some keys; those that are missing are made together, at 0.
+        """Return the indexes of the values of a series by its keys; those that are missing are made together, at 0.
 
         Readers see all of the new ones or none. Raises FullError when the region is full and OSError
         when the file system is.
         """
-        missing = [raw for raw in keys if raw not in self.positions]
+        if self._all is None:
+            offset = self._start(keys[0])
+            if offset is None:
+                return self._append(keys)
+            found = follow(self._map, offset, keys)
+            if len(found) == len(keys):
+                return found
+            self._all = dict(self.positions())  # other buckets than it had, say
+        known = self._all
+        missing = [raw for raw in keys if raw not in known]
         if missing:
-            content = b"".join(map(layout.entry, missing))
-            start, end = self.used, self.used + len(content)
-            if end > self.capacity - TABLE:
-                raise FullError
-            if end > self._reserved:
-                self._reserve_until(end)
-            self._map[start:end] = content
-            self.used = end
-            if self.is_marked:
-                self.marks.extend(start)
-            # The entries are complete before the header speaks of them: readers take no lock.
-            self._map[0:4] = layout.used_header(end)
-            self.positions.update(layout.parse(content, 0, len(content), start))
-        return [self.positions[raw] for raw in keys]
+            known.update(zip(missing, self._append(missing), strict=True))
+        return [known[raw] for raw in keys]
 
-    def _begin_marks(self) -> None:
+    def has(self, first: bytes) -> bool:
+        """Return whether there is a series with this first key."""
+        return first in self._all if self._all is not None else self._start(first) is not None
+
+    def positions(self) -> list[tuple[bytes, int]]:
+        """Return every key with the index of its value. Not fast: the keys are read from the mapping."""
+        used, gone = self.used, self._gone  # first: what comes meanwhile lies behind it
+        entries = layout.walk(self._map, layout.HEADER, used)
+        return [entry for entry in entries if entry[1] not in gone] if gone else list(entries)
+
+    def forget(self, indexes: Iterable[int]) -> None:
+        """Have the values at these indexes no more: they have moved elsewhere."""
+        before = len(self._gone)
+        self._gone.update(indexes)
+        self.samples -= len(self._gone) - before
+        self._all = dict(self.positions()) if self._all is not None else None
+
+    def _start(self, first: bytes) -> int | None:
+        offset = self._keys.start(self._map, first)
+        return None if offset is None or layout.value_index(offset, first) in self._gone else offset
+
+    def _append(self, keys: list[bytes]) -> list[int]:
+        content = b"".join(map(layout.entry, keys))
+        start, end = self.used, self.used + len(content)
+        if end > self.capacity - TABLE:
+            raise FullError
+        if end > self._reserved:
+            self._reserve_until(end)
+        self._map[start:end] = content
+        self.used = end
+        if self.is_marked:
+            self.marks.extend(start)
+        # The entries are complete before the header speaks of them: readers take no lock.
+        self._map[0:4] = layout.used_header(end)
+        self._keys.add(self._map, keys[0], start)
+        self.samples += len(keys)
+        return laid_out(start, keys)
+
+    def _take_note(self, contents: _Contents) -> None:
         assert self._path is not None
+        self.samples = contents.samples
+        for raw, offset in contents.series:
+            self._keys.add(self._map, raw, offset)
         if are_kept_in(self._path.name):
-            self.marks.begin(self.positions.items())
+            self.marks.begin(offset for _, offset in contents.series)
             self.is_marked = True
 
     def _reserve_until(self, end: int) -> None:
@@ -180,8 +223,18 @@ class Region:
     def detach(self, *, copy: bool) -> None:
         """Move to anonymous memory, with the values or with zeros; every handle follows, the file stays as it is."""
         mapping = _anonymous_map(self.capacity)
-        if copy:
-            mapping[0 : self.used] = self._map[0 : self.used]
+        mapping[0 : self.used] = self._map[0 : self.used]
+        if not copy:
+            values = memoryview(mapping).cast("d")
+            for _, index in self.positions():
+                values[index] = values[index + 1] = 0.0
+        self._go_on_in(mapping)
+
+    def abandon(self) -> None:
+        """Send every handle to memory that nobody reads, and let go of the file: this is a forked child."""
+        self._go_on_in(_anonymous_map(self.capacity))
+
+    def _go_on_in(self, mapping: mmap.mmap) -> None:
         self.close()
         self._map, self._reserved = mapping, self.capacity
         # The old mapping goes when its last user has let go of it; closing it here could fail a running write.
@@ -193,7 +246,21 @@ class Region:
 
     def entries(self) -> list[tuple[bytes, float]]:
         """Return every key with its value."""
-        return [(raw, self.view[index]) for raw, index in list(self.positions.items())]
+        return [(raw, self.view[index]) for raw, index in self.positions()]
+
+
+class _Contents:
+    """What the entries of a file are, as far as a region remembers it."""
+
+    def __init__(self, entries: Iterable[tuple[bytes, int]]) -> None:
+        self.samples = 0
+        self.series: list[tuple[bytes, int]] = []
+        """First key and offset of each series."""
+        at = layout.HEADER
+        for members in layout.by_series(entries):
+            self.samples += len(members)
+            self.series.append((members[0][0], at))
+            at = members[-1][1] * 8 + 16
 
 
 def _unnamed(path: Path) -> Path:

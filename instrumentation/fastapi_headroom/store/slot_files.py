@@ -153,9 +153,14 @@ class SlotFiles:
                 region.marks.settle()
 
     def leave(self, *, copy: bool) -> None:
-        """Go on in memory for good, with the values or with zeros."""
+        """Go on in memory for good, with the values; or without the series, so that handles write to nowhere."""
         for _, region in self.all():
-            region.detach(copy=copy)
+            if copy:
+                region.detach(copy=True)
+            else:
+                region.abandon()
+        if not copy:
+            self.regions, self.spares = {}, {}
         self._drop_exemplars()
         self.directory, self.slot = None, None
 

@@ -179,7 +179,7 @@ class Writer:
         capped = capped and bool(values)
         files = self._files
         for region in (files.region(stem), files.spares.get(stem)):
-            if region is not None and keys[0] in region.positions:
+            if region is not None and region.has(keys[0]):
                 return self._handle(metric, region, region.place(keys))
         if capped and self._series() + len(keys) > self._max_series:
             return None
@@ -225,7 +225,7 @@ class Writer:
         return handle
 
     def _series(self) -> int:
-        return sum(len(region.positions) for _, region in self._files.all())
+        return sum(region.samples for _, region in self._files.all())
 
     def _make_own_series(self, *, restarted: bool) -> None:
         self.counter(catalog.LABEL_OVERFLOW)
