@@ -190,6 +190,20 @@ async def test_an_app_may_return_any_awaitable_and_value(measure: Callable[..., 
     assert measured.value("headroom_worker_requests_total", worker="0") == 2
 
 
+async def test_a_coroutine_function_may_return_a_value(measure: Callable[..., Measured]) -> None:
+    """What a callable of another kind returns reaches the server, whether or not it waits for something first."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> str:
+        if scope["path"] == "/waits":
+            await asyncio.sleep(0)
+        return "value"
+
+    measured = measure(app)
+    for path in ("/", "/waits"):
+        assert await measured.app({"type": "http", "method": "GET", "path": path, "headers": []}, None, None) == "value"
+    assert measured.value("headroom_worker_requests_total", worker="0") == 2
+
+
 async def test_an_abandoned_request_is_closed_inside_out(measure: Callable[..., Measured]) -> None:
     """A server that throws a request's coroutine away runs the handler's clean-up; the request is counted, once."""
     app, log = FastAPI(), []

@@ -48,13 +48,13 @@ class Exchange:
 
     __slots__ = (
         "_guard",
+        "_headers",
         "_leave",
         "_receive",
         "_received",
         "_scope",
         "_send",
         "_series",
-        "_start",
         "_table",
         "began",
         "counted",
@@ -84,7 +84,8 @@ class Exchange:
         self._received = 0
         self.ledger = ledger
         self.status = 0
-        self._start: Message | None = None
+        self._headers: Headers = ()
+        """The response's."""
         self.began = 0.0
         """When the response started; 0 before."""
         self.sent = 0
@@ -121,7 +122,9 @@ class Exchange:
         if kind == "http.response.start":
             self.began = perf_counter()
             self.status = message.get("status", 0)
-            self._start = message
+            headers = message.get("headers")
+            if type(headers) is list:  # any other iterable is for the server: it may be read once only
+                self._headers = headers
         elif kind in _FILES:
             return self._send_file(message)
         return self._send(message)
@@ -155,7 +158,7 @@ class Exchange:
             self.disconnected = True
             raise
         try:
-            self.sent += message.get("count") or length(self._headers(), _DIGITS)
+            self.sent += message.get("count") or length(self._headers, _DIGITS)
             if last:
                 self.complete()
         except Exception as error:
@@ -276,14 +279,9 @@ class Exchange:
         if self.disconnected:
             series.route.disconnect(1.0)
         if series.policies is not None:
-            series.policies.note(self._headers())
-        if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers()):
+            series.policies.note(self._headers)
+        if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers):
             series.route.compressible(sent)
-
-    def _headers(self) -> Headers:
-        """Return the response's headers. Any iterable but a list is for the server: it may be read once only."""
-        headers = None if self._start is None else self._start.get("headers")
-        return headers if type(headers) is list else ()
 
     def _announced(self) -> int:
         # A body that nobody read.
@@ -295,7 +293,7 @@ class Exchange:
         if self._is_event_stream():
             return "sse"
         lifetime = self.ledger.started + self.duration - self.began
-        return "stream" if lifetime > STREAM_AFTER and header(self._headers(), b"content-length") is None else ""
+        return "stream" if lifetime > STREAM_AFTER and header(self._headers, b"content-length") is None else ""
 
     def _is_event_stream(self) -> bool:
-        return (header(self._headers(), b"content-type") or b"").lower().startswith(b"text/event-stream")
+        return (header(self._headers, b"content-type") or b"").lower().startswith(b"text/event-stream")

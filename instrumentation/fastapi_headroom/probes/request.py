@@ -41,6 +41,8 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 Call = Callable[..., Any]
 _CLASSES: tuple[type[Any], ...] = (FastAPI, Starlette)
 _TELEMETRY_KEY = "fastapi.telemetry"
+_RETURNED = object()
+"""In place of what a coroutine waits for, once it has returned."""
 
 
 class RequestProbe:
@@ -172,8 +174,11 @@ class RequestProbe:
         except Exception as error:
             self.guard.failed(error)
 
-    def measure(self, original: Call) -> Call:
-        """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others."""
+    def measure(self, original: Call, *, may_return: bool = False) -> Call:
+        """Return a ``__call__`` that measures the outermost call of an app in ``_apps``, and passes on all others.
+
+        ``may_return`` says that what ``original`` returns matters: those of FastAPI and Starlette return None.
+        """
         apps = self._apps
         make_exchange = exchange_class(self._settings)
         trusts_header = self._settings.trust_request_start
@@ -198,14 +203,13 @@ class RequestProbe:
             token = current.set(ledger)
             try:
                 served = original(app, scope, exchange.receive, exchange.send)
-                if type(served) is not CoroutineType:
+                if may_return or type(served) is not CoroutineType:
                     return await DrivenOther(served, ledger)
-                # The first step is run here: most requests have no other, and the driver's machinery costs more.
+                # The first step is run here: most requests have no other, and the driver's machinery costs more. Not by
+                # `send`: it tells that the coroutine has returned by an exception, which costs as much as the rest.
                 ledger.stepping = True
                 try:
-                    awaited = served.send(None)
-                except StopIteration as done:
-                    return done.value
+                    awaited = next(served.__await__(), _RETURNED)
                 finally:
                     ledger.stepping = False
                     now = perf_counter()
@@ -213,7 +217,8 @@ class RequestProbe:
                         ledger.charge_step(now)
                     if now - ledger.started >= SHORT:
                         note_step(ledger.started, now)
-                return await Begun(served, ledger, awaited)
+                if awaited is not _RETURNED:
+                    return await Begun(served, ledger, awaited)
             except BaseException as error:
                 exchange.exit(error)
                 raise
@@ -341,7 +346,7 @@ class Wrapper:
 
     def __init__(self, app: ASGIApp, probe: RequestProbe) -> None:
         self._app = app
-        self._call = probe.measure(lambda _, scope, receive, send: app(scope, receive, send))
+        self._call = probe.measure(lambda _, scope, receive, send: app(scope, receive, send), may_return=True)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one scope."""

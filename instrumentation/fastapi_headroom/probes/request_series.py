@@ -34,6 +34,7 @@ _HOLD_BOUNDS: Final = catalog.LOOP_HOLD.buckets
 _QUERY_BOUNDS: Final = catalog.REQUEST_QUERIES.buckets
 _SIZE_BOUNDS: Final = catalog.RESPONSE_BODY_SIZE.buckets
 _SHORT: Final = _TIME_BOUNDS[0]
+_AT_ONCE, _SOON = _HOLD_BOUNDS[:2]
 _SMALL: Final = _SIZE_BOUNDS[0]
 
 Write = Callable[[float], None]
@@ -129,7 +130,7 @@ class ResponseSeries:
             cell_d = bisect_left(_TIME_BOUNDS, duration)
             cell_l = bisect_left(_TIME_BOUNDS, accepted + duration) if accepted else cell_d
             cell_f = bisect_left(_TIME_BOUNDS, first_byte) if cell_d else 0
-        cell_h = bisect_left(_HOLD_BOUNDS, hold)
+        cell_h = bisect_left(_HOLD_BOUNDS, hold) if hold > _SOON else 1 if hold > _AT_ONCE else 0
         cell_q = bisect_left(_QUERY_BOUNDS, queries) if queries else 0
         cell_s = bisect_left(_SIZE_BOUNDS, sent) if sent > _SMALL else 0
         # No call and no loop from here on: one uninterrupted step, also while handles are sent elsewhere.
@@ -137,31 +138,37 @@ class ResponseSeries:
         if place is None or place.moves != MOVES.count:
             self._write_and_look(ledger, duration, first_byte, sent)
             return
-        view, mark, mark_2, mark_3, mark_4, durations, latencies, first_bytes, loop_holds, counts, sizes = (
-            place.histograms
-        )
+        (view, mark, mark_2, mark_3, mark_4, durations, duration_sum, latencies, latency_sum, first_bytes,
+         first_byte_sum, loop_holds, loop_hold_sum, counts, count_sum, sizes, size_sum,
+         counters, requests, on_loop) = place.where  # fmt: skip
         view[mark] = 1.0
         if mark_2:
             view[mark_2] = 1.0
             if mark_3:
                 view[mark_3] = 1.0
                 view[mark_4] = 1.0
-        view[durations[cell_d]] += 1.0
-        view[durations[-1]] += duration
-        view[latencies[cell_l]] += 1.0
-        view[latencies[-1]] += accepted + duration
-        view[first_bytes[cell_f]] += 1.0
-        view[first_bytes[-1]] += first_byte
-        view[loop_holds[cell_h]] += 1.0
-        view[loop_holds[-1]] += hold
-        view[counts[cell_q]] += 1.0
+        # Not as `view[index] += 1.0`, which moves its operands about on the stack and takes two thirds longer.
+        cell = durations[cell_d]
+        view[cell] = view[cell] + 1.0
+        view[duration_sum] = view[duration_sum] + duration
+        cell = latencies[cell_l]
+        view[cell] = view[cell] + 1.0
+        view[latency_sum] = view[latency_sum] + accepted + duration
+        cell = first_bytes[cell_f]
+        view[cell] = view[cell] + 1.0
+        view[first_byte_sum] = view[first_byte_sum] + first_byte
+        cell = loop_holds[cell_h]
+        view[cell] = view[cell] + 1.0
+        view[loop_hold_sum] = view[loop_hold_sum] + hold
+        cell = counts[cell_q]
+        view[cell] = view[cell] + 1.0
         if queries:
-            view[counts[-1]] += queries
-        view[sizes[cell_s]] += 1.0
-        view[sizes[-1]] += sent
-        view, requests, on_loop = place.counters
-        view[requests] += 1.0
-        view[on_loop] += seconds[ON_LOOP]
+            view[count_sum] = view[count_sum] + queries
+        cell = sizes[cell_s]
+        view[cell] = view[cell] + 1.0
+        view[size_sum] = view[size_sum] + sent
+        counters[requests] = counters[requests] + 1.0
+        counters[on_loop] = counters[on_loop] + seconds[ON_LOOP]
         if ledger.waited or seconds[OTHER]:
             self._write_stages(seconds)
 

@@ -69,10 +69,11 @@ def _factory(make: Factory | None) -> Factory:
     return _eager(make) or create
 
 
-def _create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+def _create(loop: asyncio.AbstractEventLoop, coroutine: Any, *, context: Any = None, **options: Any) -> Any:
     """Make a task as a loop without a factory does. Every task of the process passes here."""
     task: Any
-    if options:
+    if context is not None or options:  # uvloop hands on that none was given
+        options["context"] = context
         task = _Task(_driven(coroutine, options), loop=loop, **options)
     else:
         ledger = _current()
