@@ -27,6 +27,7 @@ from tests.support import loop_proofs
 pytestmark = pytest.mark.alone
 
 HERE = __name__
+Hold = Callable[[float], object]
 
 
 @pytest.fixture(params=list(RUNS))
@@ -218,6 +219,28 @@ def test_50_of_50_blocks_are_noticed(run: Run) -> None:
 def test_blocks_are_noticed_while_the_heartbeat_rests(run: Run) -> None:
     """So are those on a loop on which nothing else happens, which is woken once a second."""
     assert run(loop_proofs.notices_blocks_at_rest(27)) == (27, 0)
+
+
+@pytest.mark.parametrize("hold", [time.sleep, loop_proofs.compute], ids=["sleeping", "computing"])
+def test_block_is_noticed_when_the_resting_heartbeat_falls_due_at_its_end(run: Run, hold: Hold) -> None:
+    """A heartbeat that comes in time by its timer proves nothing when a look, or the CPU's time, tells of a block."""
+
+    async def main() -> None:
+        async with measured() as (writer, probe):
+            heartbeat = probe._heartbeat
+            assert heartbeat is not None
+            for _ in range(10):  # whatever takes 100 ms of a machine ends a rest, and a rest's timer with it
+                await loop_proofs.rested(probe)
+                due = heartbeat._timer_due
+                await asyncio.sleep(max(0.0, due - 1.05 * loop_proofs.BLOCK - time.monotonic()))
+                left = due - time.monotonic()
+                if heartbeat._timer_due == due and left >= loop_proofs.BLOCK:
+                    break
+            before = total(writer, BLOCKS)
+            hold(left)
+            await until(lambda: total(writer, BLOCKS) > before)
+
+    run(main())
 
 
 @pytest.mark.parametrize("hogs", [0, 2])

@@ -28,9 +28,9 @@ def sleep() -> None:
     time.sleep(BLOCK)
 
 
-def compute() -> None:
+def compute(seconds: float = BLOCK) -> None:
     """Hold the loop in Python code, by the clock."""
-    end = time.monotonic() + BLOCK
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
 

@@ -131,7 +131,7 @@ class Heartbeat:
             late = max(0.0, now - before.due)
             stands_for = self._interval
             if self._long:
-                late, stands_for = self._after_rest(now, late), look_interval(self._threshold)
+                late, stands_for = self._after_rest(before, now, late), look_interval(self._threshold)
             missed = 0
             if late < HELD:
                 clocks = pulse.clocks_on_time(now)
@@ -174,15 +174,25 @@ class Heartbeat:
             self._pulse.ended.append(Ended(before, clocks))
         return missed
 
-    def _after_rest(self, now: float, late: float) -> float:
+    def _after_rest(self, before: Beat, now: float, late: float) -> float:
         """Record the beats that a rest left out, which nobody would have held up; return how late this one is."""
         self._long = False
         by_timer = max(0.0, now - self._timer_due)
-        late = min(late, by_timer)  # a timer that was run in time proves as much as a look
+        if not (before.is_block(now, self._threshold) and self._was_held(before, now)):
+            late = min(late, by_timer)  # a timer that was run in time proves as much as a look
         count = int((now - late - self._counted) / self._interval)
         if count > 0:
             self._delay.observe_many(by_timer if by_timer < HELD else 0.0, count)
         return late
+
+    def _was_held(self, before: Beat, now: float) -> bool:
+        """Return whether something held the loop since ``before``, though the timer came in time.
+
+        It did, if the timer fell due just when that was over: looks have found it, or the thread computed meanwhile.
+        """
+        since = 0.0 if self._rest is None else self._rest.held_since
+        seen = since > before.clocks.at and now - since >= self._threshold / 4
+        return seen or time.thread_time() - before.clocks.cpu >= self._threshold / 2
 
     def _wake(self) -> None:
         """Beat at once, and as often as ever from then on. Runs on the loop."""

@@ -67,11 +67,16 @@ class ThreadStat:
         ``running`` when it is in none, or ready to go on; None where the system does not tell. Two equal answers are
         of one and the same call when the thread had no turn in between.
         """
+        call = self.raw_system_call()
+        return (call.decode().strip() or None) if call else None
+
+    def raw_system_call(self) -> bytes | None:
+        """Return the same as the kernel writes it."""
         if self._syscall is None:
             return None
         try:
             # In one call: it gives the GIL away, and whoever waits for that would be gone before the next one.
-            return os.pread(self._syscall, 256, 0).decode().strip() or None
+            return os.pread(self._syscall, 256, 0)
         except OSError:
             return None
 

@@ -91,7 +91,8 @@ class Pulse:
         self.ended: deque[Ended] = deque(maxlen=MOST_ENDED)
         self.seen: deque[FrameType | None] = deque()
         """Frames that the watchdog is done with: what they hold is let go of on the loop's thread, as without it."""
-        self._clock = time.pthread_getcpuclockid(self.ident) if hasattr(time, "pthread_getcpuclockid") else None
+        self.cpu_clock = time.pthread_getcpuclockid(self.ident) if hasattr(time, "pthread_getcpuclockid") else None
+        """That of the loop's thread, for ``time.clock_gettime``; None where there is none."""
         self._greenlet: Any = None
         self.find_greenlet()
         self._collection_began = self._collected = 0.0
@@ -116,13 +117,13 @@ class Pulse:
     def cpu(self) -> float | None:
         """Return the CPU seconds of the loop's thread, without giving the GIL away; None where nobody knows."""
         try:
-            return None if self._clock is None else time.clock_gettime(self._clock)
+            return None if self.cpu_clock is None else time.clock_gettime(self.cpu_clock)
         except OSError:
             return None  # the loop's thread has ended
 
     def clocks_on_time(self, now: float) -> Clocks:
         """Read the clocks at ``now``, on the loop's thread, when the loop was free: ``ready`` may be of earlier."""
-        if now >= self._ready_due or self._clock is None:
+        if now >= self._ready_due or self.cpu_clock is None:
             self._ready_due = now + READY_INTERVAL
             return self.clocks(now)
         return Clocks(now, time.thread_time(), self.beat.clocks.ready, time.process_time(), self._collected)

@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextvars import Context
+from time import monotonic, process_time, sleep
 from typing import Final
 
 from fastapi_headroom.ledger import in_flight
@@ -25,6 +26,8 @@ from fastapi_headroom.probes.pulse import Beat, Clocks, Pulse
 
 LOOK: Final = 0.04
 """Seconds between two looks at a loop whose heartbeat rests, at most."""
+SLEEP: Final = 1.0
+"""Seconds after which the watchdog sees to other things than the loop."""
 AWAKE: Final = 0.002
 """Seconds of CPU between two looks from which on the loop has something to do."""
 
@@ -55,28 +58,62 @@ class Rest:
     def __init__(self, pulse: Pulse, threshold: float) -> None:
         """Make the part for one loop. Call it on the loop's thread."""
         self._pulse, self._threshold = pulse, threshold
-        self._selector = selector_of(pulse.loop)
+        self._interval = look_interval(threshold)
+        selector = selector_of(pulse.loop)
+        waits = () if selector is None else (f"{number} {selector} ".encode() for number in procfs.EPOLL_WAITS)
+        self._waits: tuple[bytes, ...] = tuple(waits)
+        """How the kernel's answer begins when the thread waits for the loop's files."""
         self._proof: Clocks | None = None
         """The clocks when the kernel last said that the loop's thread slept in its ``epoll_wait``."""
-        self.held = False
-        """The last look found that something held the loop."""
+        self.stopped = False
+        """Nobody watches any more: ``sleep`` ends."""
+        self.held_since = 0.0
+        """When the first of the looks came that found something to hold the loop, up to the last one; else 0."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the last look found that something held the loop."""
+        return self.held_since > 0.0
 
     @property
     def possible(self) -> bool:
         """Whether the kernel tells that the loop's thread waits for the loop's files."""
-        return self._selector is not None
+        return bool(self._waits)
 
-    def sleeps_on(self, now: float) -> bool:
-        """Return whether the loop's thread has not run since the kernel last said that it slept in its ``epoll_wait``.
+    def sleep(self) -> tuple[float, float, bool | None]:
+        """Sleep for a second, or until the loop is not free, looking every ``look_interval``.
 
-        Then it sleeps there still, and that is taken note of. This is what most looks come to, and all they cost.
+        Return when the last nap was over, how much too long it was, and whether the loop was free then; None when that
+        was not looked for. A thread that has not run since the kernel last said that it slept in its ``epoll_wait``
+        sleeps there still: most looks come to that. All code and data have left the processor's caches by then, so
+        they call as little as can be.
         """
-        pulse, proof = self._pulse, self._proof
-        if proof is None or pulse.cpu() != proof.cpu or not pulse.resting:
-            return False
-        self.held = False
-        pulse.beat = Beat(proof._replace(at=now, process=time.process_time()), due_after(now, self._threshold))
-        return True
+        pulse, proof, clock, interval = self._pulse, self._proof, self._pulse.cpu_clock, self._interval
+        began = now = monotonic()
+        end = began + SLEEP
+        free: bool | None = None
+        while True:
+            sleep(interval)
+            began, now = now, monotonic()
+            if proof is None or clock is None or self.stopped or not pulse.resting:
+                break
+            try:
+                moved = time.clock_gettime(clock) != proof.cpu
+            except OSError:
+                break  # the thread has ended
+            if moved:
+                free = self.goes_on(now)
+                proof = self._proof
+                if not free or proof is None:
+                    break
+            else:
+                _, cpu, ready, _, collecting, turns = proof
+                pulse.beat = Beat(Clocks(now, cpu, ready, process_time(), collecting, turns), now + 1.1 * interval)
+                self.held_since, free = 0.0, True
+            if now >= end:
+                break
+            free = None
+        return now, max(0.0, now - began - interval), free
 
     def goes_on(self, now: float) -> bool:
         """Return whether the loop is free, and take note that it was at ``now``.
@@ -86,19 +123,20 @@ class Rest:
         """
         pulse = self._pulse
         beat = pulse.beat
-        again, self.held = self.held, False
+        since, self.held_since = self.held_since, 0.0
         if not in_flight and not pulse.paused and pulse.loop.is_running():
             clocks = self._look(now)
-            recent = time.monotonic() - beat.clocks.at < 0.8 * self._threshold
+            recent = monotonic() - beat.clocks.at < 0.8 * self._threshold
             if clocks is not None and recent and clocks.cpu - beat.clocks.cpu < AWAKE:
                 if pulse.resting:
                     pulse.beat = Beat(clocks, due_after(now, self._threshold))
                 return True
-            self.held = clocks is None and self.possible
-            if self.held and pulse.resting and pulse.beat is beat and now < beat.due:
-                pulse.beat = Beat(beat.clocks, now)  # it was not free when we looked first
-            if self.held and not again:
-                return False
+            if clocks is None and self.possible:
+                self.held_since = since or now
+                if pulse.resting and pulse.beat is beat and now < beat.due:
+                    pulse.beat = Beat(beat.clocks, now)  # it was not free when we looked first
+                if not since:
+                    return False
         self.end()
         return False
 
@@ -121,12 +159,11 @@ class Rest:
         """
         pulse, cpu = self._pulse, self._pulse.cpu()
         self._proof = None
-        call = pulse.thread.system_call()
-        if call is None:
-            self._selector = None  # the kernel does not tell: do not try again
+        call = pulse.thread.raw_system_call()
+        if not call:
+            self._waits = ()  # the kernel does not tell: do not try again
             return None
-        number, _, arguments = call.partition(" ")
-        if number not in procfs.EPOLL_WAITS or arguments.partition(" ")[0] != self._selector:
+        if not call.startswith(self._waits):
             return None
         clocks = pulse.clocks(now)
         if clocks.cpu == cpu:

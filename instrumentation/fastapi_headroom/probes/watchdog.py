@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
+from time import sleep
 from typing import Final
 
 from fastapi_headroom.ledger import Ledger
@@ -28,7 +29,7 @@ from fastapi_headroom.probes.held import Held, Marker
 from fastapi_headroom.probes.judge import Judge, starved_block
 from fastapi_headroom.probes.lack import Lack, OwnClock
 from fastapi_headroom.probes.pulse import Beat, Clocks, Ended, Pulse
-from fastapi_headroom.probes.rest import Rest, look_interval
+from fastapi_headroom.probes.rest import Rest
 
 LONG_TURN: Final = 0.05
 """Seconds for which Python code never keeps the GIL from another thread, whose turn comes after 5 ms or so."""
@@ -94,7 +95,7 @@ class Watchdog(threading.Thread):
     def stop(self, *, wait: bool = True) -> None:
         """End the thread within one tick; idempotent. Without ``wait`` it closes the pulse, else the caller does."""
         self._closes = not wait
-        self._stopped = True
+        self._stopped = self._rest.stopped = True
         if wait and self.is_alive() and threading.current_thread() is not self:
             self.join(1.0)
 
@@ -103,19 +104,22 @@ class Watchdog(threading.Thread):
         own = self._own = OwnClock(threading.get_native_id())
         while not self._stopped:
             self._loop_ready = max(self._loop_ready, self.pulse.beat.clocks.ready)
-            asleep = time.monotonic()
-            nap = self._nap(asleep)
             if not self.watches.is_set():
                 self.watches.set()
-            time.sleep(nap)
-            now = time.monotonic()
-            if self.pulse.resting and self._held is None and self._rest.sleeps_on(now):
-                continue
-            waited = max(0.0, now - asleep - nap)
+            now, waited = time.monotonic(), 0.0
+            free: bool | None = None
             try:
-                if not self.pulse.resting:
+                if self.pulse.resting and self._held is None:
+                    now, waited, free = self._rest.sleep()
+                else:
+                    asleep = now
+                    nap = self._nap(asleep)
+                    sleep(nap)
+                    now = time.monotonic()
+                    waited = max(0.0, now - asleep - nap)
+                if free is None and not self.pulse.resting:
                     self._look(now, waited)
-                elif self._rest.goes_on(now):
+                elif free if free is not None else self._rest.goes_on(now):
                     self._well(now)
                 else:
                     now = time.monotonic()
@@ -191,8 +195,6 @@ class Watchdog(threading.Thread):
         if self._held is not None:
             # Close looks tell one long step from many short ones; a long block is not slowed down by more of them.
             return self._tick if self._looks > CLOSE_LOOKS else self._tick / 4
-        if self.pulse.resting:
-            return look_interval(self._threshold)
         remaining = self.pulse.beat.due + self._suspicious - now
         if self.pulse.paused or remaining <= 0:
             return self._tick
