@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ from fastapi_headroom.tracing.setup import Tracing
 
 log = logging.getLogger("fastapi_headroom")
 ASGIApp = Callable[..., Awaitable[None]]
+MOST_DOUBLED = 1.0
+"""Longest sample interval, in seconds, at which every other sample is left out while nothing happens. Gauges are up to
+two seconds old then, less than a scrape interval; a library that is imported is still found within one."""
 _lock = threading.RLock()
 _runtime: Runtime | None = None
 
@@ -265,10 +269,15 @@ class Runtime:
             self.request.owns_tracing = self.tracing.start(*self.apps.living())
 
     def _sample(self, stopping: threading.Event) -> None:
+        left_out, modules = True, 0
         while not stopping.wait(self.settings.sample_interval):
+            self._tend()
+            if not left_out and self.loop.at_rest and len(sys.modules) == modules:
+                left_out = True
+                continue
+            left_out, modules = self.settings.sample_interval > MOST_DOUBLED, len(sys.modules)
             if self._may_trace:
                 self._trace()  # an app or SQLAlchemy may have come since
-            self._tend()
             for probe in self.probes:
                 try:
                     probe.sample()

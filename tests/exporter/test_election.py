@@ -133,7 +133,7 @@ def test_an_absent_directory_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_an_exporter_that_ended_by_accident_is_started_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Code that closes descriptors which are not its own costs one warning and half a second of /metrics."""
+    """Code that closes descriptors which are not its own costs one warning and a second of /metrics."""
     monkeypatch.setattr("fastapi_headroom.exporter.election.INTERVAL", 0.05)
     port = free_port()
     election = election_in(tmp_path, port)

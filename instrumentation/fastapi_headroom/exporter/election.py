@@ -1,8 +1,9 @@
 """Elect one worker to export the store while no sidecar does.
 
-Every worker runs a thread that tries for ``exporter.lock`` twice a second. The lock dies with its holder, so when the
-exporting worker is killed another one serves within a second. A sidecar holds ``sidecar.lock``: the
-elected worker then frees the port, and takes over again when the sidecar is gone.
+Every worker runs a thread that tries for ``exporter.lock`` twice a second; the one that has it looks once a second
+whether it still may. The lock dies with its holder, so when the exporting worker is killed another one serves within a
+second. A sidecar holds ``sidecar.lock``: the elected worker then frees the port, and takes over again when the sidecar
+is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from fastapi_headroom.store.reader import held_here
 log = logging.getLogger("fastapi_headroom")
 
 INTERVAL = 0.5
-"""Seconds between two looks at the locks."""
+"""Seconds between two looks at the locks, of a worker that waits to be elected."""
+SERVING_INTERVAL = 1.0
+"""The same of the elected one. When it dies the others' looks count."""
 _PORT_RETRY_SECONDS = 3.0
 
 
@@ -76,7 +79,7 @@ class Election:
                 if not failed:
                     log.exception("fastapi-headroom: the exporter's election failed and goes on trying")
                 failed = True
-            stopping.wait(INTERVAL)
+            stopping.wait(INTERVAL if self._exporter is None else SERVING_INTERVAL)
         self._step_down()
 
     def _step(self) -> None:

@@ -116,7 +116,7 @@ class Sidecar:
             ) from error
 
     def _listen(self, settings: Settings) -> Exporter:
-        """Listen; an elected worker that has the port sees the lock and frees it within a second."""
+        """Listen; an elected worker that has the port sees the lock and frees it within a second or so."""
         deadline = time.monotonic() + _HANDOVER_SECONDS
         while True:
             worker_exports = is_held(self._directory / EXPORTER_LOCK)

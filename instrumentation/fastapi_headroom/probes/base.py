@@ -13,7 +13,7 @@ log = logging.getLogger("fastapi_headroom")
 
 
 class Probe(Protocol):
-    """One concern that is measured. ``sample`` runs about once a second on a thread of its own."""
+    """One concern that is measured. ``sample`` runs about once a second, at rest every two, on a thread of its own."""
 
     name: ClassVar[str]
     """The stem."""

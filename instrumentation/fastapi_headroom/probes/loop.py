@@ -99,6 +99,12 @@ class LoopProbe:
         # An empty context: the request in which we are called must not live on in the heartbeat.
         loop.call_soon_threadsafe(self._start, loop, context=Context())
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether next to nothing happens on the loop: it serves nobody, and its heartbeat rests (see ``rest``)."""
+        watchdog = self._watchdog
+        return watchdog is not None and watchdog.pulse.resting
+
     def sample(self) -> None:
         """Write the gauges of the last seconds."""
         self._blocking.sample()
