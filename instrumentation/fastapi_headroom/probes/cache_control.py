@@ -13,7 +13,7 @@ from fastapi_headroom import catalog
 from fastapi_headroom.probes.headers import Headers
 from fastapi_headroom.store.writer import Writer
 
-_LENGTH: Final = len("cache-control")
+NAME_LENGTH: Final = len("cache-control")
 _READ: Final = 512
 """Bytes of the header that are looked at."""
 _LONGEST: Final = 2**31
@@ -40,7 +40,7 @@ class CachePolicies:
         """Count the response if it has a Cache-Control; several of them count as one, as RFC 9110 (5.3) has it."""
         said: bytes | None = None
         for name, value in headers:
-            if len(name) == _LENGTH and name.lower() == b"cache-control":
+            if len(name) == NAME_LENGTH and name.lower() == b"cache-control":
                 said = value if said is None else said + b"," + value
         if said is not None:
             count, seconds = self._known.get(said) or self._judge(said)

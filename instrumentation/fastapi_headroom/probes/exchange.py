@@ -17,9 +17,11 @@ from starlette.requests import ClientDisconnect
 from fastapi_headroom.ledger import Ledger, in_flight
 from fastapi_headroom.probes import blocks
 from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.cache_control import NAME_LENGTH
 from fastapi_headroom.probes.compressible import SMALLEST, compressible
 from fastapi_headroom.probes.headers import Headers, header, length
 from fastapi_headroom.probes.request_series import ResponseSeries, Table
+from fastapi_headroom.store.writer import gil_enabled
 from fastapi_headroom.tracing import spans
 
 STREAM_AFTER: Final = 1.0
@@ -40,6 +42,9 @@ _DIGITS: Final = 15
 _UNREAD_DIGITS: Final = 10
 """The same of a request whose body nobody read: a client can write what it likes."""
 
+_IN_PLACE: Final = gil_enabled()
+"""Whether ``inc`` and ``dec`` are written out where every request passes: their calls cost more than what they do."""
+
 Message = MutableMapping[str, Any]
 
 
@@ -47,9 +52,9 @@ class Exchange:
     """Stands between the server and the app for one HTTP request."""
 
     __slots__ = (
+        "_active",
         "_guard",
         "_headers",
-        "_leave",
         "_receive",
         "_received",
         "_scope",
@@ -95,8 +100,11 @@ class Exchange:
         self.counted = False
         self.recorded = False
         self._series: ResponseSeries | None = None
-        enter, self._leave = table.active.get(ledger.method) or table.make_active(ledger.method)
-        enter()
+        active = self._active = table.active.get(ledger.method) or table.make_active(ledger.method)
+        if _IN_PLACE:
+            active.view[active.index] += 1.0
+        else:
+            active.inc()
         in_flight.add(ledger)
 
     async def receive(self) -> Message:
@@ -126,73 +134,65 @@ class Exchange:
             if type(headers) is list:  # any other iterable is for the server: it may be read once only
                 self._headers = headers
         elif kind in _FILES:
-            return self._send_file(message)
+            return self._send_body(message)
         return self._send(message)
 
     async def _send_body(self, message: Message) -> None:
         last = not message.get("more_body", False)
-        if last:
-            self._count()
+        ledger, status = self.ledger, self.status
+        if last and not self.counted and not ledger.finished:
+            try:  # before the last byte leaves: who got an answer is counted, be the process killed next
+                if status < 500:
+                    key = (ledger.method, ledger.route or self.route(), status, "")
+                    series = self._series = self._table.responses.get(key) or self._table.add_response(*key)
+                    outcome = series.outcome
+                    if _IN_PLACE:
+                        outcome.view[outcome.index] += 1.0
+                    else:
+                        outcome.inc()
+                    self.counted = True
+                elif not self.disconnected:  # else it may be an error for the sole reason that the client went
+                    self._table.failure(self.route())(1.0)  # of which exception it is comes later
+                    self.counted = True
+            except Exception as error:
+                self._guard.failed(error)
         try:
             await self._send(message)
         except OSError:  # how servers tell, since version 2.4 of the ASGI specification, that the client has gone
             self.disconnected = True
             raise
         try:
-            self.sent += len(message.get("body", b""))
+            body = message.get("body")
+            self.sent += self._size_of_file(message) if body is None else len(body)
             if last:
                 self.complete()
-            elif not self.several:
+            elif not self.several and message["type"] not in _FILES:
                 self.several = True
                 self._stream_begins()
         except Exception as error:
             self._guard.failed(error)
 
-    async def _send_file(self, message: Message) -> None:
-        last = not message.get("more_body", False)
-        if last:
-            self._count()
-        try:
-            await self._send(message)
-        except OSError:
-            self.disconnected = True
-            raise
-        try:
-            self.sent += message.get("count") or length(self._headers, _DIGITS)
-            if last:
-                self.complete()
-        except Exception as error:
-            self._guard.failed(error)
+    def _size_of_file(self, message: Message) -> int:
+        if message["type"] not in _FILES:
+            return 0  # a body may be left out
+        size: int = message.get("count") or length(self._headers, _DIGITS)
+        return size
 
     def _stream_begins(self) -> None:
         # An event stream may stay open for hours: its first byte is reported now.
         if self._is_event_stream():
             self._table.add_route(self.route()).first_byte.observe(self.began - self.ledger.started)
 
-    def _count(self) -> None:
-        """Count the outcome before the last byte leaves: who got an answer is counted, be the process killed next."""
-        try:
-            ledger, status = self.ledger, self.status
-            if self.counted or ledger.finished:
-                return
-            if status < 500:
-                key = (ledger.method, ledger.route or self.route(), status, "")
-                series = self._series = self._table.responses.get(key) or self._table.add_response(*key)
-                series.outcome.inc()
-            elif self.disconnected:
-                return  # nobody is there to see it, and it may be an error for the sole reason that the client went
-            else:  # of which exception it is comes later
-                self._table.failure(self.route())(1.0)
-            self.counted = True
-        except Exception as error:
-            self._guard.failed(error)
-
     def complete(self) -> None:
         """Close the books: the last byte is out. A response of 5xx waits for its exception, which comes next."""
         if self.ledger.finished:
             return
         self.duration = self.ledger.finish(perf_counter())
-        self._leave()
+        active = self._active
+        if _IN_PLACE:
+            active.view[active.index] -= 1.0
+        else:
+            active.dec()
         if spans.active and spans.UNSAMPLED not in self._scope:
             self.ledger.trace = spans.sampled()  # the server span is still open: the last byte passes through it
             if self.ledger.trace is not None:
@@ -209,7 +209,7 @@ class Exchange:
             whole = self.ledger.finished
             if not whole:
                 self.duration = self.ledger.finish(perf_counter())
-                self._leave()
+                self._active.dec()
                 if (
                     self.began and not self.several
                 ):  # what is left open after its start: a stream's first event never came
@@ -279,7 +279,10 @@ class Exchange:
         if self.disconnected:
             series.route.disconnect(1.0)
         if series.policies is not None:
-            series.policies.note(self._headers)
+            for name, _ in self._headers:
+                if len(name) == NAME_LENGTH:  # what has another length need not be looked at there
+                    series.policies.note(self._headers)
+                    break
         if sent > SMALLEST and ledger.method != "HEAD" and compressible(self._scope["headers"], self._headers):
             series.route.compressible(sent)
 

@@ -17,7 +17,7 @@ from fastapi_headroom.probes.cache_control import CachePolicies
 from fastapi_headroom.probes.names import OTHER as OTHER_VALUE
 from fastapi_headroom.probes.names import BoundedNames
 from fastapi_headroom.probes.request_place import Place, find_place
-from fastapi_headroom.store.writer import MOVES, Counter, Histogram, Writer, gil_enabled
+from fastapi_headroom.store.writer import MOVES, Counter, Gauge, Histogram, Writer, gil_enabled
 
 _KNOWN: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 METHODS: Final = {method: method for method in _KNOWN}
@@ -269,14 +269,13 @@ class Table:
         self.responses: dict[tuple[str, str, int, str], ResponseSeries] = {}
         """By method, route, status and error type as the request has them."""
         writer.counter(catalog.WORKER_REQUESTS, writer.worker)  # there from the start
-        self.active: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
-        """By method: what raises and what lowers the number of requests in flight."""
+        self.active: dict[str, Gauge] = {}
+        """The number of requests in flight, by method."""
 
-    def make_active(self, method: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    def make_active(self, method: str) -> Gauge:
         """Add a method to ``active``."""
-        gauge = self._writer.gauge(catalog.REQUESTS_ACTIVE, method)
-        pair = self.active[method] = (gauge.inc, gauge.dec)
-        return pair
+        gauge = self.active[method] = self._writer.gauge(catalog.REQUESTS_ACTIVE, method)
+        return gauge
 
     def announce(self, route: str) -> None:
         """Make what objectives divide by, at 0. The rest comes with the first request: many routes never get one."""

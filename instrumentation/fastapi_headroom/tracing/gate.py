@@ -130,7 +130,7 @@ class Gate:
     def __init__(self, tracer: Any, traced: ASGIApp, app: ASGIApp) -> None:
         self._tracer, self._untraced = tracer, app
         self.app = traced  # by this name FastAPI's own telemetry looks for the instrumentation, to stand aside
-        self._ratio: Any = _root_ratio(tracer.sampler)
+        self._bound: int | None = _root_bound(tracer.sampler)
         self._enabled: Callable[[], bool] = getattr(tracer, "_is_enabled", lambda: True)
         # The instrumentation lies below a ServerErrorMiddleware; its patterns may be those of an OTEL variable.
         excluded: Any = getattr(getattr(traced, "app", None), "excluded_urls", None)
@@ -179,10 +179,10 @@ class Gate:
         tracer = self._tracer
         generator = tracer.id_generator
         trace_id: int = generator.generate_trace_id()
-        if self._ratio is None:
+        if self._bound is None:
             sampled = tracer.sampler.should_sample(_ROOT, trace_id, "", SpanKind.SERVER).decision.is_recording()
         else:
-            sampled = trace_id & _LOW_64_BITS < self._ratio.bound  # what it would say, for less than its result costs
+            sampled = trace_id & _LOW_64_BITS < self._bound  # what it would say, for less than its result costs
         if sampled:
             _decided.set(trace_id)
             return None
@@ -236,12 +236,12 @@ def decides_early(tracer: Any) -> bool:
     return not sdk_counts_spans() and _is_simple(tracer.sampler)  # the spans that are dropped are counted too
 
 
-def _root_ratio(sampler: Any) -> Any:
-    """Return the sampler that decides by ratio for requests without a caller's trace, None if another does."""
+def _root_bound(sampler: Any) -> int | None:
+    """Return from which trace id on a request without a caller's trace is dropped, None if no ratio decides that."""
     from opentelemetry.sdk.trace import sampling
 
     root = getattr(sampler, "_root", sampler) if isinstance(sampler, sampling.ParentBased) else sampler
-    return root if isinstance(root, sampling.TraceIdRatioBased) else None
+    return root.bound if isinstance(root, sampling.TraceIdRatioBased) else None
 
 
 def _is_simple(sampler: Any) -> bool:
