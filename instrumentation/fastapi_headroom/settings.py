@@ -64,7 +64,7 @@ class Settings(BaseModel):
     """Believe the header ``X-Request-Start`` about when a request reached the proxy before the app. Only where a proxy
     sets it on every request: clients could send any."""
     sample_interval: float = Field(default=1.0, gt=0.01, le=60)
-    """Seconds between two samples of gauges."""
+    """Seconds between two samples of gauges; up to a second, twice as many while the event loop has nothing to do."""
     block_threshold: float = Field(default=0.1, ge=0.02, le=60)
     """Seconds from which on a held event loop is reported as blocked."""
     hold_threshold: float = Field(default=10.0, ge=0.05, le=3600)

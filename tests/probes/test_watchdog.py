@@ -236,6 +236,8 @@ def test_block_is_noticed_when_the_resting_heartbeat_falls_due_at_its_end(run: R
                 left = due - time.monotonic()
                 if heartbeat._timer_due == due and left >= loop_proofs.BLOCK:
                     break
+            else:
+                pytest.skip("this machine was late in each of 10 attempts")
             before = total(writer, BLOCKS)
             hold(left)
             await until(lambda: total(writer, BLOCKS) > before)
