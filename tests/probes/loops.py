@@ -48,7 +48,7 @@ async def measured(**settings: Any) -> AsyncIterator[tuple[Writer, LoopProbe]]:
         gc.enable()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     """Wait for a condition, without holding the loop."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -420,7 +420,7 @@ def test_init_is_all_it_takes(loop: str) -> None:
         seen = scrape_until(f"http://127.0.0.1:{port}", lambda scrape: scrape.total(CALLS, kind="sleep") == 1)
         (site,) = seen.values(CALLS, "site")
         assert site.startswith("tests.support.app:block:")
-        wait_until(lambda: REMEDIES["sleep"] in server.log(), 5, "the log record")
+        wait_until(lambda: REMEDIES["sleep"] in server.log(), 40, "the log record")
         assert "while serving /block" in server.log()
 
 

@@ -69,7 +69,7 @@ async def engine(postgres: Postgres) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
-async def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what

@@ -170,6 +170,23 @@ def test_a_gauge_that_is_gone_vanishes(register: Any, snapshot: Snapshot) -> Non
     assert snapshot.look() == {"t_gauge,k=a": 1.0, "t_gauge,k=b": 2.0}
 
 
+@pytest.mark.parametrize("mode", ["all", "mostrecent", "livemostrecent"])
+def test_a_gauge_that_one_worker_never_set_shows_what_another_set(register: Any, tmp_path: Path, mode: Any) -> None:
+    """A 0 that is found at a worker's first look hides nothing, however late that is; a 0 that was set does."""
+    gauge = register(Gauge("t_level", "Text.", multiprocess_mode=mode))
+    first, second = Snapshot(tmp_path), Snapshot(tmp_path)
+    assert first.look() == {"t_level": 0.0}
+    gauge.set(3)
+    first.look()
+    gauge.set(0)  # as it is in the other worker's process
+    assert second.look() == {"t_level": 3.0}
+    assert first.look() == {"t_level": 0.0}
+    gauge.set(7)
+    assert second.look() == {"t_level": 7.0}
+    first.close()
+    second.close()
+
+
 def test_it_is_bounded(register: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The app's own metrics take half of the series at most; it is said once, and our metrics have their room."""
     made = Snapshot(tmp_path, max_series=1000)

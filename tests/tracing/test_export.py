@@ -39,12 +39,12 @@ def test_one_request_is_one_tree(postgres: Postgres, kind: str) -> None:
         }
         with serve(kind, APP, env=env) as server:
             server.get("/read/1")  # opens the connection, so that the wait below is a wait and no connect
-            holder = threading.Thread(target=server.get, args=("/hold?seconds=0.4",))
+            holder = threading.Thread(target=server.get, args=("/hold?seconds=1",))
             holder.start()
-            wait_until(lambda: server.get("/checked-out") == "1", 5, "the connection is held")
+            wait_until(lambda: server.get("/checked-out") == "1", 40, "the connection is held")
             assert server.get("/read/4711") == "4711"
             holder.join()
-            wait_until(lambda: len([s for s in receiver.spans if s.name == "GET /read/{number}"]) == 2, 5, "two reads")
+            wait_until(lambda: len([s for s in receiver.spans if s.name == "GET /read/{number}"]) == 2, 40, "two reads")
     (tree,) = [t for t in receiver.trees() if t[0].attributes.get("http.target") == "/read/4711"]
     assert [span.kind for span in tree] == ["SERVER", "INTERNAL", "CLIENT"]
     request, wait, query = tree

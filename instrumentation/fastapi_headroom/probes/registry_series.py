@@ -17,6 +17,8 @@ Labels = tuple[tuple[str, str], ...]
 Key = tuple[tuple[object, ...], Labels]
 DEFAULT_MODE: Final[Mode] = "livemostrecent"
 """For gauges that declare none: what a single worker shows, and with several the one that changed last."""
+_LONG_AGO: Final = 1.0
+"""Seconds since 1970, of a value that counts if no other does."""
 
 _reported: dict[Key, list[float]] = {}
 """What this process, or the one that it was forked from, has written of each total: it must not be written twice."""
@@ -67,10 +69,16 @@ class _Level:
         self.seen = 0
 
     def write(self, value: float) -> None:
-        """Write a value that has changed: of several workers' the latest change may count, not the latest look."""
+        """Write a value that has changed: of several workers' the latest change may count, not the latest look.
+
+        A 0 at the first look is what a gauge has that nobody has set, and must not hide what another worker set.
+        """
         if value != self._last:
+            unset = self._last is None and value == 0.0
             self._last = value
             self._handle.set(value)
+            if unset and self._mode.endswith("mostrecent"):
+                self._handle.view[self._handle.index + 1] = _LONG_AGO
 
     def remove(self) -> None:
         """Let it vanish from scrapes as far as its mode allows: a sum loses its part, the latest is nobody's."""

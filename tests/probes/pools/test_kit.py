@@ -71,7 +71,7 @@ async def warm(library: Library, pool: Any, connections: int = 2) -> None:
     await asyncio.gather(*(library.hold(pool, 0.05) for _ in range(connections)))
 
 
-async def until(condition: Any, seconds: float = 5.0) -> None:
+async def until(condition: Any, seconds: float = 20.0) -> None:
     """Wait for a condition."""
     async with asyncio.timeout(seconds):
         while not condition():
