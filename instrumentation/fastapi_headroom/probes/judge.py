@@ -36,9 +36,8 @@ class Judge:
         self._threshold = threshold
         self.elsewhere: dict[int, Sample] = {}
         """What the other threads did when the loop was found late: one of them may keep the GIL."""
-        self._threads: dict[int, float] = {}
-        self._threads_before = self._threads
-        self._looked = 0.0
+        self._threads = self._threads_before = _cpu_of_threads()  # what they had before is nobody's fault
+        self._looked = time.monotonic()
 
     def look_at_threads(self) -> None:
         """Remember how much CPU time each thread has had. Now and then, while all is well."""
