@@ -53,9 +53,13 @@ def test_a_failure_is_logged_once_and_without_credentials(caplog: pytest.LogCapt
     class Failing(Broker):
         def poll(self) -> list[pollers.Sample]:
             failures.release()
-            raise ConnectionError("no route to redis://app:s3cr%3At@broker, password s3cr:t")
+            raise ConnectionError("no route to redis://app:s3cr%3At@broker, password s3cr:t, sentinels' 0ther")
 
-    queue = PolledQueue("celery+redis://app:s3cr%3At@broker:6379/0?queues=a", lambda _: Failing(), interval=0.01)
+    queue = PolledQueue(
+        "celery+redis://app:s3cr%3At@broker:6379/0?sentinel=a&sentinel_password=0ther",
+        lambda _: Failing(),
+        interval=0.01,
+    )
     with caplog.at_level(logging.DEBUG, "fastapi_headroom"):
         queue.start()
         for _ in range(5):
@@ -64,6 +68,7 @@ def test_a_failure_is_logged_once_and_without_credentials(caplog: pytest.LogCapt
     (line,) = [record.getMessage() for record in caplog.records]
     assert "celery+redis://broker:6379/0" in line
     assert "s3cr" not in line
+    assert "0ther" not in line
     assert "app" not in line.replace("fastapi-headroom", "")
 
 
@@ -111,7 +116,9 @@ def test_stopping_closes_the_brokers_connection() -> None:
     [
         ("celery+redis://u:p@h:6379/0?queues=a&token=t#f", "celery+redis://h:6379/0"),
         ("redis://:p@[::1]:6379/1", "redis://[::1]:6379/1"),
+        ("rq+redis://u:p,w@a:26379,[::1]:1,b/0?sentinel=shop&sentinel_password=q", "rq+redis://a:26379,[::1]:1,b/0"),
         ("redis://h:port/1", "(a URL that cannot be parsed)"),
+        ("redis://a:1,h:port/1", "(a URL that cannot be parsed)"),
         ("redis://[h", "(a URL that cannot be parsed)"),
     ],
 )

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from fastapi_headroom.probes.queue_adapters import Poller, Sample, poller_for
 
@@ -127,20 +127,27 @@ def up(polled: Sequence[PolledQueue]) -> dict[str, bool]:
 
 
 def public(url: str) -> str:
-    """Return a URL without user, password, path parameters and query: fit for a log."""
+    """Return a URL without user, password, path parameters and query: fit for a log. There may be several hosts."""
     try:
         parts = urlsplit(url)
-        host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname or ""
-        port = f":{parts.port}" if parts.port is not None else ""
+        hosts = ",".join(_host(text) for text in parts.netloc.rpartition("@")[2].split(","))
     except ValueError:
         return "(a URL that cannot be parsed)"
-    return f"{parts.scheme}://{host}{port}{parts.path}"
+    return f"{parts.scheme}://{hosts}{parts.path}"
+
+
+def _host(text: str) -> str:
+    """Return host and port as they are shown. Raises ValueError for a port that is none: it may be a password."""
+    parts = SplitResult("", text, "", "", "")
+    host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname or ""
+    return host if parts.port is None else f"{host}:{parts.port}"
 
 
 def _without_credentials(text: str, url: str) -> str:
     try:
         parts = urlsplit(url)
         secrets = [parts.netloc.rpartition("@")[0], parts.password or "", unquote(parts.password or "")]
+        secrets += [value for name, value in parse_qsl(parts.query) if name.endswith("password")]
     except ValueError:
         return "(details withheld)"
     line = " ".join(text.split())
