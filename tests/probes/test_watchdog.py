@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -33,14 +33,6 @@ Hold = Callable[[float], object]
 @pytest.fixture(params=list(RUNS))
 def run(request: pytest.FixtureRequest) -> Run:
     return RUNS[request.param]
-
-
-@pytest.fixture
-def no_collections() -> Iterator[None]:
-    """Dumping a large document sets off collections, which are a cause of their own."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def only(found: dict[tuple[str, str], float], least: float = 0.9) -> tuple[str, str, str, float]:
@@ -110,7 +102,7 @@ def test_busy_loop_is_python(run: Run, fault: Any) -> None:
     assert (module, function, cause) == (HERE, fault.__name__, "python")
 
 
-def test_call_that_keeps_the_gil_is_native(run: Run, no_collections: None) -> None:
+def test_call_that_keeps_the_gil_is_native(run: Run) -> None:
     """One large json.dumps stops the watchdog too, and is still counted, as native, at the function that called it."""
     found = undisturbed(run, dump_a_large_document)
     module, function, cause, seconds = only(found)
@@ -136,7 +128,7 @@ def test_garbage_collection_is_gc(run: Run) -> None:
     assert seconds > 0.08
 
 
-def test_another_thread_that_keeps_the_gil(run: Run, no_collections: None) -> None:
+def test_another_thread_that_keeps_the_gil(run: Run) -> None:
     """When another thread's call in C keeps the GIL, the cause is gil and the site is that thread's code."""
     done = threading.Event()
 

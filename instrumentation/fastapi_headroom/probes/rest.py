@@ -58,7 +58,6 @@ class Rest:
     def __init__(self, pulse: Pulse, threshold: float) -> None:
         """Make the part for one loop. Call it on the loop's thread."""
         self._pulse, self._threshold = pulse, threshold
-        self._interval = look_interval(threshold)
         selector = selector_of(pulse.loop)
         waits = () if selector is None else (f"{number} {selector} ".encode() for number in procfs.EPOLL_WAITS)
         self._waits: tuple[bytes, ...] = tuple(waits)
@@ -88,7 +87,8 @@ class Rest:
         sleeps there still: most looks come to that. All code and data have left the processor's caches by then, so
         they call as little as can be.
         """
-        pulse, proof, clock, interval = self._pulse, self._proof, self._pulse.cpu_clock, self._interval
+        pulse, proof, clock = self._pulse, self._proof, self._pulse.cpu_clock
+        interval, until_due = look_interval(self._threshold), due_after(0.0, self._threshold)
         began = now = monotonic()
         end = began + SLEEP
         free: bool | None = None
@@ -108,7 +108,7 @@ class Rest:
                     break
             else:
                 _, cpu, ready, _, collecting, turns = proof
-                pulse.beat = Beat(Clocks(now, cpu, ready, process_time(), collecting, turns), now + 1.1 * interval)
+                pulse.beat = Beat(Clocks(now, cpu, ready, process_time(), collecting, turns), now + until_due)
                 self.held_since, free = 0.0, True
             if now >= end:
                 break

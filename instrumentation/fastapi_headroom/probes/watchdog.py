@@ -117,9 +117,11 @@ class Watchdog(threading.Thread):
                     sleep(nap)
                     now = time.monotonic()
                     waited = max(0.0, now - asleep - nap)
-                if free is None and not self.pulse.resting:
+                if free is None and self.pulse.resting:
+                    free = self._rest.goes_on(now)
+                if free is None:
                     self._look(now, waited)
-                elif free if free is not None else self._rest.goes_on(now):
+                elif free:
                     self._well(now)
                 else:
                     now = time.monotonic()
