@@ -269,13 +269,14 @@ class Runtime:
             self.request.owns_tracing = self.tracing.start(*self.apps.living())
 
     def _sample(self, stopping: threading.Event) -> None:
-        left_out, modules = True, 0
+        may_leave_out = self.settings.sample_interval <= MOST_DOUBLED
+        sampled, modules = False, 0
         while not stopping.wait(self.settings.sample_interval):
             self._tend()
-            if not left_out and self.loop.at_rest and len(sys.modules) == modules:
-                left_out = True
+            if sampled and may_leave_out and self.loop.at_rest and len(sys.modules) == modules:
+                sampled = False
                 continue
-            left_out, modules = self.settings.sample_interval > MOST_DOUBLED, len(sys.modules)
+            sampled, modules = True, len(sys.modules)
             if self._may_trace:
                 self._trace()  # an app or SQLAlchemy may have come since
             for probe in self.probes:
