@@ -39,7 +39,7 @@ test: $(VENV)/.ready ## run the tests, with real servers
 
 soak: $(VENV)/.ready ## run the long proofs
 	@$(BIN)/python -m demo_app servers
-	@$(BIN)/python -m pytest -m soak --timeout 3600
+	@$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.ready ## lint, types, and generated files that differ from their source
 	@$(BIN)/ruff check .
