@@ -82,8 +82,8 @@ class Watchdog(threading.Thread):
         self._marker = Marker()
         self._marker.passed = True
         self._looks = self._steps = 0
-        self._stretched = False
-        """A step was as long as a block, but only for want of a CPU."""
+        self._unclear = False
+        """A step was as long as a block, but for want of a CPU, or was looked at too seldom to tell."""
         self._late = 0.0
         self._finished: Beat | None = None
         # About this thread.
@@ -223,6 +223,8 @@ class Watchdog(threading.Thread):
         over = pulse.ended[0].beat if pulse.ended else None
         same = look is not None and self._held is not None and self._held.is_found_by(look, marker, cpu)
         kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
+        if over is beat and self._held is not None and self._beat is beat and not same:
+            look = None  # what it found came after the block, as far as anybody can tell
         if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
             self._note(beat, look, same, now, found, kept, cpu, call)
             if self._file_calls.lasts(call, same, looked) and self._on_file_call is not None and not look.ours:
@@ -308,7 +310,7 @@ class Watchdog(threading.Thread):
         held = self._held
         if beat is not self._beat or held is None:
             self._looks = self._steps = 0
-            self._stretched = False
+            self._unclear = False
             held = Held(look, beat.began, beat.clocks.at, beat.clocks, self._lack_settled)
             first = max(beat.due, now - kept) if kept else found
         elif not same:
@@ -336,10 +338,13 @@ class Watchdog(threading.Thread):
 
     def _step_over(self, held: Held, beat: Beat, clocks: Clocks, now: float) -> None:
         """Report a step that was a block, when the loop was found in the next one."""
-        if self._is_block(held, beat, clocks, pending=held.pending(clocks)):
+        pending = held.pending(clocks)
+        if self._is_block(held, beat, clocks, pending=pending):
             self._report(held, clocks._replace(at=max(held.last, (held.last + now) / 2)))
-        elif now - held.earliest >= self._threshold and held.last - held.first >= self._threshold / 5:
-            self._stretched = True
+            return
+        robbed = now - held.earliest >= self._threshold and held.last - held.first >= self._threshold / 5
+        if robbed or (not self._steps and held.own(clocks, self._lack, pending) >= self._threshold):
+            self._unclear = True
 
     def _finish(self, ended: Ended) -> None:
         """Report a block that the beat ended, if it was one."""
@@ -349,7 +354,7 @@ class Watchdog(threading.Thread):
             self._report(held, clocks)
         elif held is None or self._steps == 0:
             self._unseen(ended, held)
-        elif self._stretched or clocks.ready - beat.clocks.ready >= self._threshold / 4:
+        elif self._unclear or clocks.ready - beat.clocks.ready >= self._threshold / 4:
             self._over(starved_block(beat, clocks))  # else many short steps, of which none is to blame
         self._settle()
 
@@ -395,7 +400,7 @@ class Watchdog(threading.Thread):
         self._forget()
         self._late = 0.0
         self._looks = self._steps = 0
-        self._stretched = False
+        self._unclear = False
         self._judge.elsewhere = {}
         self._beat = self._held = self._latest = None
         self._lack_settled = self._lack

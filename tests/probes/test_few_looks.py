@@ -1,0 +1,96 @@
+"""Blocks that the watchdog could look at once only, as beside Python code that gives it the GIL every 5 ms."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi_headroom.probes.base import Guard
+from fastapi_headroom.probes.blocks import Block
+from fastapi_headroom.probes.pulse import Beat, Ended, Pulse
+from fastapi_headroom.probes.vigil import _depth_below_task
+from fastapi_headroom.probes.watchdog import Watchdog
+
+THRESHOLD = 0.1
+
+
+class Told:
+    """Keeps the blocks that are over."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+
+    def lasts(self, block: Block) -> None:
+        """Take no note."""
+
+    def over(self, block: Block) -> None:
+        self.blocks.append(block)
+
+
+@contextmanager
+def watchdog(told: Told) -> Iterator[Watchdog]:
+    """One that looks when it is told to, at the loop of the caller, whose last beat was 106 ms ago."""
+    pulse = Pulse(asyncio.get_running_loop())
+    pulse.depth = _depth_below_task()
+    now = time.monotonic()
+    pulse.beat = Beat(pulse.clocks(now)._replace(at=now - 0.106), now - 0.062)
+    yield Watchdog(pulse, told, Guard("loop"), THRESHOLD)
+    pulse.close()
+
+
+def look(watchdog: Watchdog) -> None:
+    """Have it look from another thread, while the step that calls this holds the loop."""
+    looking = threading.Thread(target=lambda: watchdog._look(time.monotonic(), 0.0, suspect=True))
+    looking.start()
+    looking.join()
+
+
+async def another_step() -> None:
+    """Return in another step of the loop, after markers that lay there."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def end(pulse: Pulse) -> None:
+    """End the late beat, as the heartbeat does."""
+    pulse.ended.append(Ended(pulse.beat, pulse.clocks(time.monotonic())))
+
+
+async def test_look_that_comes_after_the_end_belongs_to_no_step_of_the_block() -> None:
+    """The beat came while the second look was on its way: what that found is no second short step."""
+    told = Told()
+    with watchdog(told) as watching:
+        look(watching)
+        await another_step()
+        end(watching.pulse)
+        look(watching)
+    assert [block.cause for block in told.blocks] == ["starved"]
+
+
+async def test_step_that_may_have_been_a_block_is_counted_though_another_followed() -> None:
+    """Found once, it may have held the loop since the last beat: that is said, and nobody is blamed for it."""
+    told = Told()
+    with watchdog(told) as watching:
+        look(watching)
+        await another_step()
+        look(watching)
+        end(watching.pulse)
+        look(watching)
+    assert [block.cause for block in told.blocks] == ["starved"]
+
+
+async def test_short_steps_are_no_block() -> None:
+    """Steps that were found one after the other, none of them for long, are none, however late they made the beat."""
+    told = Told()
+    with watchdog(told) as watching:
+        now = time.monotonic()
+        watching.pulse.beat = Beat(watching.pulse.clocks(now)._replace(at=now - 0.05), now - 0.03)
+        for _ in range(4):
+            look(watching)
+            await asyncio.sleep(0.02)
+        end(watching.pulse)
+        look(watching)
+    assert told.blocks == []
