@@ -17,7 +17,7 @@ by the thread that runs them; every operation on it is one that the interpreter 
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from time import perf_counter
 from typing import Any, Final
 
@@ -48,6 +48,9 @@ HTTP_CLIENT: Final = 8
 PUBLISH: Final = 9
 OTHER: Final = 10
 
+SCOPE_KEY: Final = "headroom.ledger"
+"""Where the outermost measured app leaves the ledger in the scope (None: leave this request alone)."""
+
 _ZEROS: Final = [0.0] * len(STAGES)
 
 
@@ -56,11 +59,13 @@ class Ledger:
 
     ``route`` is the route's template, empty until the router has matched, and ``prefix`` the templates of the
     mounts on the way there. ``queries``, ``rows`` and ``cache_calls`` are counted by probes that see them. ``trace``
-    belongs to tracing, ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to the pool probe.
+    and ``context`` belong to tracing, ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to
+    the pool probe.
     """
 
     __slots__ = (
         "cache_calls",
+        "context",
         "finished",
         "longest_step",
         "mark",
@@ -90,6 +95,8 @@ class Ledger:
         self.texts: tuple[str, Any] | None = None
         self.shapes: dict[str, Any] | None = None
         self.trace: tuple[int, int] | None = None
+        self.context: Token[Any] | None = None
+        """What puts back a context variable that was set for the request; who made the ledger does so at its end."""
         self.started = perf_counter() if started is None else started
         """When the app was called."""
         self.mark = self.started

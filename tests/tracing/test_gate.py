@@ -356,7 +356,7 @@ async def test_excluded_paths_and_response_propagators_keep_what_they_had(
 async def test_a_gate_that_fails_stays_open(make: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """An error while deciding is said once, and requests are traced without the gate from then on."""
     setting = make(ParentBasedTraceIdRatio(1.0))
-    monkeypatch.setattr(gate.Gate, "_extract", lambda *_: 1 / 0)
+    monkeypatch.setattr(gate.Gate, "_decide", lambda *_: 1 / 0)
     assert [response.status_code for response in await setting.get("/headers", 2)] == [200, 200]
     assert len(setting.servers()) == 2
     assert [record.message.split(";")[0] for record in caplog.records if record.name == "fastapi_headroom"] == [
@@ -377,6 +377,32 @@ def test_a_ratio_is_decided_as_the_sampler_itself_does(rate: float) -> None:
         assert gate._decided.get() == (trace_id if said else None)
         gate._decided.set(None)
         provider.shutdown()
+
+
+def test_a_trace_id_is_made_of_what_was_drawn_to_decide() -> None:
+    """Of random identifiers half is drawn: it decides as the sampler would, and is the lower half of the trace's id."""
+    ratio = TraceIdRatioBased(0.5)
+    provider = TracerProvider(sampler=ParentBased(ratio))
+    decides = gate.Gate(provider.get_tracer("test"), nothing, nothing)._decide
+    ids: dict[bool, set[int]] = {True: set(), False: set()}
+    for _ in range(200):
+        context = decides({"headers": []})
+        sampled = context is None
+        if sampled:
+            trace_id = gate._decided.get()
+        else:
+            span = trace.get_current_span(context)
+            trace_id = span.get_span_context().trace_id
+            assert span.get_span_context() is span.get_span_context()
+            assert span.get_span_context().is_valid
+        gate._decided.set(None)
+        said = ratio.should_sample(None, trace_id, "").decision is Decision.RECORD_AND_SAMPLE
+        assert said is sampled
+        ids[sampled].add(trace_id)
+    assert len(ids[True]) + len(ids[False]) == 200
+    assert all(ids.values())
+    assert any(trace_id >> 127 for trace_id in ids[False])
+    provider.shutdown()
 
 
 async def test_the_users_provider_is_not_changed(make: Any) -> None:

@@ -193,7 +193,7 @@ class Exchange:
             active.view[active.index] -= 1.0
         else:
             active.dec()
-        if spans.active and spans.UNSAMPLED not in self._scope:
+        if spans.active and self.ledger.context is None and spans.UNSAMPLED not in self._scope:
             self.ledger.trace = spans.sampled()  # the server span is still open: the last byte passes through it
             if self.ledger.trace is not None:
                 blocks.tell_span(self.ledger)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastapi_headroom.tracing.apps import telemetry_is_configured
 class MeasuredApp:
     """What the probe knows of one app."""
 
-    __slots__ = ("app", "loop", "new", "served_by", "stand_aside", "table")
+    __slots__ = ("app", "new", "running", "served_by", "stand_aside", "table")
 
     def __init__(self, app: Callable[[], Any], served_by: Any) -> None:
         self.app = app
@@ -23,8 +22,9 @@ class MeasuredApp:
         self.new = True
         """It has served no request yet."""
         self.table: Table | None = None
-        """Where its requests on ``loop`` are counted; None when a request must ask ``_table_for``."""
-        self.loop: asyncio.AbstractEventLoop | None = None
+        """Where its requests are counted while a loop is ``running``; None when a request must ask ``_table_for``."""
+        self.running: Callable[[], bool] = bool
+        """Whether the loop runs that ``table`` was told for. Which one runs would be a system call (CPython 3.11)."""
 
     def telemetry_dormant(self, keep: bool, owns_tracing: bool) -> bool:
         """Return whether FastAPI's own telemetry may be told to stand aside.

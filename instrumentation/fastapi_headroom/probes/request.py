@@ -23,7 +23,7 @@ from fastapi_headroom import catalog, holds
 from fastapi_headroom.catalog import Metric
 from fastapi_headroom.driver import Begun, DrivenOther
 from fastapi_headroom.holds import SHORT, note_step
-from fastapi_headroom.ledger import Ledger, current, in_flight
+from fastapi_headroom.ledger import SCOPE_KEY, Ledger, current, in_flight
 from fastapi_headroom.probes import arrival, routes
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.conversation import Conversation
@@ -32,7 +32,6 @@ from fastapi_headroom.probes.measured_app import MeasuredApp
 from fastapi_headroom.probes.names import OTHER
 from fastapi_headroom.probes.request_series import METHODS, Table
 from fastapi_headroom.probes.request_tasks import TaskHook
-from fastapi_headroom.probes.routes import SCOPE_KEY
 from fastapi_headroom.probes.server_timing import exchange_class
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
@@ -190,7 +189,7 @@ class RequestProbe:
             if measured is None or SCOPE_KEY in scope:
                 return await original(app, scope, receive, send)
             table = measured.table
-            if table is None or measured.loop is not running_loop() or scope["type"] != "http":
+            if table is None or not measured.running() or scope["type"] != "http":
                 table = self._table_for(measured, scope)
                 if table is None:
                     return await self._serve_other(measured, original, app, scope, receive, send)
@@ -224,6 +223,8 @@ class RequestProbe:
                 raise
             finally:
                 try:
+                    if (context := ledger.context) is not None:
+                        context.var.reset(context)
                     current.reset(token)
                 except ValueError:
                     pass  # a coroutine that is thrown away is closed in another context
@@ -249,14 +250,14 @@ class RequestProbe:
             measured.new = kind == "lifespan"  # where routes are added too
         if table is None or kind != "http" or (self._excludes and self._is_excluded(scope)):
             return None
-        if self._served and self._loop is loop and not self._excludes:
-            measured.table, measured.loop = table, loop
+        if self._served and loop is not None and self._loop is loop and not self._excludes:
+            measured.table, measured.running = table, loop.is_running
         return table
 
     def _ask_again(self) -> None:
         """Have the next request of each app look at what may have changed."""
         for measured in list(self._apps.values()):
-            measured.table = measured.loop = None
+            measured.table = None
 
     async def _serve_other(
         self, measured: MeasuredApp, original: Call, app: Any, scope: Any, receive: Any, send: Any

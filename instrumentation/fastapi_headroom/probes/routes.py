@@ -14,11 +14,9 @@ import fastapi.routing
 from starlette import routing
 from starlette._utils import get_route_path
 
-from fastapi_headroom.ledger import Ledger
+from fastapi_headroom.ledger import SCOPE_KEY, Ledger
 from fastapi_headroom.probes.base import Guard
 
-SCOPE_KEY = "headroom.ledger"
-"""Where the outermost measured app leaves the ledger (None: leave this request alone)."""
 REST = "/{path}"
 """What stands in a template for the part of a path that is left to a mounted app without routes."""
 

@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from random import getrandbits
 from typing import Any, cast
 
 from opentelemetry import context as otel_context
@@ -22,8 +23,10 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asgi import asgi_getter, get_host_port_url_tuple
 from opentelemetry.instrumentation.propagators import get_global_response_propagator
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 
+from fastapi_headroom.ledger import SCOPE_KEY
 from fastapi_headroom.settings import sdk_counts_spans
 from fastapi_headroom.tracing.spans import UNSAMPLED
 
@@ -38,37 +41,46 @@ _decided: ContextVar[int | None] = ContextVar("fastapi_headroom_trace_id", defau
 """The trace id that was sampled and whose server span is about to be started."""
 
 
-def _context_calls() -> tuple[Callable[[], Context], Callable[[Context], Any], Callable[[Any], None]]:
-    """Return what gets, sets and resets the current context: those of the variable itself, where there is one.
+def _context_variable() -> ContextVar[Context] | None:
+    """Return the variable that the current context is kept in; None where another runtime context is configured.
 
     The public functions are three calls deep each, which costs as much as all else that an unsampled request needs.
     """
     variable = getattr(getattr(otel_context, "_RUNTIME_CONTEXT", None), "_current_context", None)
-    if isinstance(variable, ContextVar):
-        return variable.get, variable.set, variable.reset
-    return otel_context.get_current, otel_context.attach, otel_context.detach
+    return variable if isinstance(variable, ContextVar) else None
 
 
-_current, _attach, _reset = _context_calls()
+_variable = _context_variable()
+_current: Callable[[], Context] = otel_context.get_current if _variable is None else _variable.get
 
 
 class UnsampledSpan(NonRecordingSpan):
     """The span of a request that the gate dropped; every span below it is dropped as well.
 
-    ``trace_id`` begins a trace of which nothing is recorded: its context is made when somebody asks for it.
+    Of a trace that begins here nothing is recorded: its context is made when somebody asks for it. Whoever makes such
+    a span sets ``trace_id`` or ``low``, which is cheaper than an ``__init__``.
     """
 
-    def __init__(self, context: SpanContext | None, trace_id: int = 0, generator: Any = None) -> None:
-        # Not the base class's, which wants the context.
-        self._made, self._trace_id, self._generator = context, trace_id, generator
+    trace_id = 0
+    """The trace's; 0 while nobody asked for it."""
+    low = 0
+    """Its lower 64 bits, which were drawn to decide."""
+    generator: Any = None
+    """Of identifiers; None for random ones."""
+    _made: SpanContext | None = None
+
+    def __init__(self, context: SpanContext) -> None:
+        # Not the base class's, which sets what is computed here.
+        self._made = context
 
     @property
     def _context(self) -> SpanContext:  # type: ignore[override]
         context = self._made
         if context is None:
-            generator = self._generator
+            generator = self.generator or _RANDOM_IDS
+            trace_id = self.trace_id or getrandbits(64) << 64 | self.low or 1  # 0 is none
             flags = _RANDOM_FLAGS if _RANDOM and generator.is_trace_id_random() else _NO_FLAGS
-            context = self._made = SpanContext(self._trace_id, generator.generate_span_id(), False, flags)
+            context = self._made = SpanContext(trace_id, generator.generate_span_id(), False, flags)
         return context
 
 
@@ -140,10 +152,10 @@ class Gate:
         self._fields: frozenset[bytes] | None = None
         self._open = False
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one scope."""
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        """Serve one scope. Returns the app's own coroutine, so that no frame of ours is on its stack."""
         if self._open or scope["type"] not in ("http", "websocket"):
-            return await self.app(scope, receive, send)
+            return self.app(scope, receive, send)
         try:
             unsampled = self._decide(scope)
         except Exception:
@@ -151,18 +163,23 @@ class Gate:
             log.exception("fastapi-headroom: sampling cannot be decided early; traces go on without that")
             unsampled = None
         if unsampled is None:
-            return await self.app(scope, receive, send)
-        scope.setdefault("fastapi.telemetry", None)  # FastAPI's own telemetry stands aside, as it does when sampled
-        scope[UNSAMPLED] = True
-        token = _attach(unsampled)
+            return self.app(scope, receive, send)
+        if "fastapi.telemetry" not in scope:
+            scope["fastapi.telemetry"] = None  # FastAPI's own telemetry stands aside, as it does when sampled
+        ledger = scope.get(SCOPE_KEY)
+        if ledger is None or ledger.finished or ledger.context is not None or _variable is None:
+            scope[UNSAMPLED] = True
+            return self._serve(unsampled, scope, receive, send)
+        ledger.context = _variable.set(unsampled)
+        return self._untraced(scope, receive, send)
+
+    async def _serve(self, unsampled: Context, scope: Any, receive: Any, send: Any) -> None:
+        """Serve what is not measured as a request: an excluded path, a WebSocket."""
+        token = otel_context.attach(unsampled)
         try:
             await self._untraced(scope, receive, send)
         finally:
-            try:
-                _reset(token)
-            except ValueError:  # a coroutine that is thrown away is closed in another context: said as ever
-                otel_context.detach(token)
-        return None
+            otel_context.detach(token)
 
     def _decide(self, scope: Any) -> Context | None:
         """Return the context to serve an unsampled request in, None for one that goes the instrumentation's way."""
@@ -171,23 +188,43 @@ class Gate:
             return None
         if self._excludes is not None and self._excludes(_url_parts(scope)[2]):
             return None
-        context = self._extract(scope)
+        context = None
+        if (propagator := propagate.get_global_textmap()) is not self._propagator:
+            self._look_at(propagator)
+        if (named := self._fields) is None:
+            context = propagator.extract(scope, getter=asgi_getter)
+        else:
+            for name, _ in scope["headers"]:
+                if name in named:
+                    context = propagator.extract(scope, getter=asgi_getter)
+                    break
         if context is not None:
             parent = trace.get_current_span(context).get_span_context()
             if parent.is_valid:
                 return self._below(parent, context)
-        tracer = self._tracer
+        tracer, bound = self._tracer, self._bound
         generator = tracer.id_generator
-        trace_id: int = generator.generate_trace_id()
-        if self._bound is None:
-            sampled = tracer.sampler.should_sample(_ROOT, trace_id, "", SpanKind.SERVER).decision.is_recording()
+        span = _new_span(UnsampledSpan)
+        if bound is not None and type(generator) is RandomIdGenerator:
+            low = span.low = getrandbits(64)
+            if low < bound:  # what the sampler would say, for less than its result costs
+                _decided.set(getrandbits(64) << 64 | low or 1)
+                return None
         else:
-            sampled = trace_id & _LOW_64_BITS < self._bound  # what it would say, for less than its result costs
-        if sampled:
-            _decided.set(trace_id)
-            return None
-        span = UnsampledSpan(None, trace_id, generator)
-        return Context({_SPAN_KEY: span}) if context is None else trace.set_span_in_context(span, context)
+            trace_id = span.trace_id = generator.generate_trace_id()
+            span.generator = generator
+            if bound is None:
+                sampled = tracer.sampler.should_sample(_ROOT, trace_id, "", SpanKind.SERVER).decision.is_recording()
+            else:
+                sampled = trace_id & _LOW_64_BITS < bound
+            if sampled:
+                _decided.set(trace_id)
+                return None
+        if context is not None:
+            return trace.set_span_in_context(span, context)
+        context = _new_context(Context)
+        _set_item(context, _SPAN_KEY, span)  # for less than the class's own constructor costs, or allows
+        return context
 
     def _below(self, parent: SpanContext, context: Context) -> Context | None:
         """Decide for a request whose caller is part of a trace."""
@@ -199,23 +236,18 @@ class Gate:
         span = UnsampledSpan(SpanContext(parent.trace_id, span_id, False, flags, result.trace_state))
         return trace.set_span_in_context(span, context)
 
-    def _extract(self, scope: Any) -> Context | None:
-        """Return what the request's headers say of its context, None if they say nothing."""
-        propagator = propagate.get_global_textmap()
-        if propagator is not self._propagator:
-            fields = propagator.fields
-            self._fields = frozenset(field.encode() for field in fields) if fields <= _W3C_FIELDS else None
-            self._propagator = propagator
-        if (named := self._fields) is not None:
-            for name, _ in scope["headers"]:
-                if name in named:
-                    break
-            else:
-                return None
-        return propagator.extract(scope, getter=asgi_getter)
+    def _look_at(self, propagator: Any) -> None:
+        """Find out which headers a propagator reads, if that is known."""
+        fields = propagator.fields
+        self._fields = frozenset(field.encode() for field in fields) if fields <= _W3C_FIELDS else None
+        self._propagator = propagator
 
 
 _ROOT = Context()
+_RANDOM_IDS = RandomIdGenerator()
+_new_span: Callable[[type[UnsampledSpan]], UnsampledSpan] = UnsampledSpan.__new__
+_new_context: Callable[[type[Context]], Context] = Context.__new__
+_set_item: Callable[[Context, str, Any], None] = dict.__setitem__
 (_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, _ROOT)
 """Where a context keeps its span."""
 _LOW_64_BITS = (1 << 64) - 1
