@@ -8,7 +8,7 @@ when somebody asks.
 from __future__ import annotations
 
 import sys
-from asyncio import Task, current_task
+from asyncio import AbstractEventLoop, Task, current_task
 from collections.abc import Iterable
 from sys import _getframe
 from types import CodeType, FrameType
@@ -126,9 +126,14 @@ def _begin(state: Any) -> FrameType:
     return first
 
 
-def task_here() -> Holder:
-    """Return the task that runs, None outside of one."""
-    task = current_task()
+def task_here(likely: AbstractEventLoop | None) -> Holder:
+    """Return the task that runs, None outside of one.
+
+    ``likely`` is the loop that it probably runs on: to ask which one does is a system call (CPython 3.11).
+    """
+    task = None if likely is None else current_task(likely)
+    if task is None:
+        task = current_task()
     return None if task is None else ref(task)
 
 

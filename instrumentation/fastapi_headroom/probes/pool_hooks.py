@@ -89,7 +89,9 @@ class PoolHooks:
                     hold.busy, hold.counted = 0.0, False
                     hold.started = now()
                     if is_asyncio:
-                        hold.site, hold.holder = checkout_site(greenlet(), state), task_here()
+                        home = state.home
+                        hold.site = checkout_site(greenlet(), state)
+                        hold.holder = task_here(None if home is None else home[0])
                     else:
                         hold.site, hold.holder = checkout_site(None, state), thread()
                     info[HOLD_KEY] = hold
