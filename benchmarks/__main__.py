@@ -20,6 +20,7 @@ from benchmarks.report import as_markdown, whole_text
 RESULTS = Path(__file__).with_name("results.md")
 BENCHMARKS = {
     "request": "Whole requests",
+    "bytecodes": "What a request executes",
     "query": "A request with one query and one cache read",
     "store": "Store and scrape",
     "pool": "Pool",

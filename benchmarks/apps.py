@@ -63,10 +63,14 @@ def headroom(app: Any) -> None:
     fastapi_headroom.init(app, port=0)
 
 
-def traced_headroom(app: Any) -> None:
-    """Measure with every probe and trace one request in a hundred."""
-    provide_tracer(0.01)
-    headroom(app)
+def traced_headroom(share: float) -> Callable[[Any], None]:
+    """Return what measures with every probe and traces that share of the requests."""
+
+    def instrument(app: Any) -> None:
+        provide_tracer(share)
+        headroom(app)
+
+    return instrument
 
 
 def instrumentator(app: Any) -> None:
@@ -113,7 +117,8 @@ def provide_tracer(share: float) -> None:
 
 MEASURED_BY: dict[str, Callable[[Any], None]] = {
     "headroom": headroom,
-    "headroom, tracing 1 %": traced_headroom,
+    "headroom, tracing 1 %": traced_headroom(0.01),
+    "headroom, tracing 0 %": traced_headroom(0.0),
     "instrumentator": instrumentator,
     "starlette_exporter": starlette_exporter,
     "opentelemetry 1 %": opentelemetry(0.01),
