@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blocks import Block
 from fastapi_headroom.probes.pulse import Beat, Ended, Pulse
@@ -84,13 +86,20 @@ async def test_step_that_may_have_been_a_block_is_counted_though_another_followe
 
 async def test_short_steps_are_no_block() -> None:
     """Steps that were found one after the other, none of them for long, are none, however late they made the beat."""
-    told = Told()
-    with watchdog(told) as watching:
-        now = time.monotonic()
-        watching.pulse.beat = Beat(watching.pulse.clocks(now)._replace(at=now - 0.05), now - 0.03)
-        for _ in range(4):
+    for _ in range(12):
+        told = Told()
+        with watchdog(told) as watching:
+            pulse, now = watching.pulse, time.monotonic()
+            beat = pulse.beat = Beat(pulse.clocks(now)._replace(at=now - 0.05), now - 0.03)
+            longest = 0.0
+            for _ in range(4):
+                look(watching)
+                await asyncio.sleep(0.02)
+                longest, now = max(longest, time.monotonic() - now), time.monotonic()
+            end(pulse)
             look(watching)
-            await asyncio.sleep(0.02)
-        end(watching.pulse)
-        look(watching)
-    assert told.blocks == []
+            robbed = pulse.clocks(now).ready - beat.clocks.ready
+        if longest < 0.04 and robbed < THRESHOLD / 8:  # else the machine made them long
+            assert told.blocks == []
+            return
+    pytest.skip("other processes took the CPU in each of 12 attempts")
