@@ -7,6 +7,7 @@ logged in one line with its remedy and the default stands in: a typo must not ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -137,9 +138,21 @@ class Settings(BaseModel):
         """The directory of the store, with the default filled in."""
         if self.directory is not None:
             return self.directory
-        base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.service_name) or "app"
-        return base / f"headroom-{os.getuid()}-{slug}"
+        return _default_base() / f"headroom-{os.getuid()}-{slug}"
+
+
+def default_stores() -> list[Path]:
+    """Return the stores of this user's services that have the default directory, alive or not, the latest first."""
+    found: list[tuple[float, Path]] = []
+    for path in _default_base().glob(f"headroom-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):  # it may have been deleted
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _default_base() -> Path:
+    return Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
 def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
