@@ -6,7 +6,6 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -29,10 +28,11 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 
 def test_the_version_is_the_distributions() -> None:
-    """``headroom version`` prints what is installed, as a command of its own."""
+    """``headroom version`` and ``headroom --version`` print what is installed, as a command of its own."""
     command = Path(sys.executable).parent / "headroom"
-    done = subprocess.run([command, "version"], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout == f"fastapi-headroom {metadata.version('fastapi-headroom')}\n"
+    for argument in ("version", "--version"):
+        done = subprocess.run([command, argument], capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout == f"fastapi-headroom {metadata.version('fastapi-headroom')}\n"
 
 
 def test_options_go_over_variables(given: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,21 +62,53 @@ def test_a_value_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[s
     assert "port='ninety' cannot be used" in line
 
 
-@pytest.mark.parametrize("arguments", [[], ["pack"], ["pack", "export"], ["sidecar", "--prot", "1"]])
-def test_a_wrong_command_line_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What is missing or unknown is named, with status 2."""
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "boards and alert rules"),
+        (["pack"], "write boards and alert rules"),
+        (["pack", "export"], "required: --to"),
+        (["sidecar", "--prot", "1"], "did you mean --port?"),
+        (["pack", "export", "--to", "x", "--grafana", "y", "z"], "unknown: z"),
+        (["pack", "export", "--to", "x", "--format", "helm"], "'files', 'kubernetes'"),
+    ],
+)
+def test_a_wrong_command_line_shows_the_usage(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing or unknown is named, with the usage of that command and status 2; no command shows the help."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert "usage: headroom" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        " ".join(["usage: headroom", *(word for word in arguments[:2] if word in ("sidecar", "pack", "export"))])
+        in error
+    )
+    assert says in error
 
 
-def test_pack_export_prints_what_it_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """``headroom pack export`` hands over the folder and prints the files, one per line."""
-    module = ModuleType("fastapi_headroom.pack.export")
-    module.__dict__["export"] = lambda to: [to / "dashboards" / "a.json", to / "alerts" / "b.yml"]
-    monkeypatch.setitem(sys.modules, "fastapi_headroom.pack.export", module)
-    assert cli.main(["pack", "export", "--to", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/dashboards/a.json\n{tmp_path}/alerts/b.yml\n"
+def test_pack_export_prints_what_it_wrote_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``headroom pack export`` prints the files, one per line, and apart from them where they belong."""
+    to = tmp_path / "pack"
+    assert cli.main(["pack", "export", "--to", str(to), "--grafana-url", "https://grafana.example/"]) == 0
+    printed = capsys.readouterr()
+    assert {Path(line) for line in printed.out.splitlines()} == {path for path in to.rglob("*") if path.is_file()}
+    assert f"{to}/alerts/*.rules.yml" in printed.err and f"{to}/dashboards" in printed.err
+    assert "dashboard_url: https://grafana.example/d/headroom-pool" in (to / "alerts/pool.rules.yml").read_text()
+
+
+def test_pack_export_for_kubernetes_says_what_to_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--format kubernetes`` writes manifests only, and the command that applies them."""
+    assert cli.main(["pack", "export", "--format", "kubernetes", "--to", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert {Path(line) for line in printed.out.splitlines()} == set(tmp_path.glob("*.yaml"))
+    assert f"kubectl apply -n NAMESPACE -f {tmp_path}" in printed.err
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file where the directory should be is named with the remedy, status 2."""
+    (tmp_path / "file").write_text("")
+    assert cli.main(["pack", "export", "--to", str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"headroom pack: {tmp_path / 'file'}") and "--to" in line

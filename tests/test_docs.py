@@ -15,6 +15,7 @@ from fastapi_headroom.settings import PREFIX, Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIDECAR = (DOCS / "sidecar.md").read_text()
+BOARDS = (DOCS / "boards-and-alerts.md").read_text()
 
 
 def test_all_settings_are_listed_with_their_defaults() -> None:
@@ -41,6 +42,20 @@ def test_the_configurations_of_the_page_are_yaml() -> None:
     blocks = [block.strip("\n") for block in re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", SIDECAR, re.MULTILINE)]
     parsed = [yaml.safe_load(block) for block in blocks if re.match(r" {4}(services|spec|scrape_configs):", block)]
     assert {next(iter(document)) for document in parsed} == {"services", "spec", "scrape_configs"}
+
+
+def test_what_the_page_on_boards_says_to_type_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its configurations are YAML, its options those of ``headroom pack export``, its files are shipped."""
+    blocks = [block.strip("\n") for block in re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", BOARDS, re.MULTILINE)]
+    parsed = [yaml.safe_load(block) for block in blocks if re.match(r" {4}(scrape_configs|apiVersion):", block)]
+    assert [next(iter(document)) for document in parsed] == ["scrape_configs", "apiVersion", "apiVersion"]
+    with pytest.raises(SystemExit):
+        cli.main(["pack", "export", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    commands = " ".join(re.findall(r"headroom pack export.*", BOARDS))
+    assert set(re.findall(r"--[a-z-]+", commands)) == known - {"--help"}
+    for pattern in re.findall(r"^\| `([^`]+)` \| [A-Za-z]+", BOARDS, re.MULTILINE):
+        assert list((DOCS.parent).glob(pattern)), pattern
 
 
 def test_the_example_of_a_test_passes(tmp_path: Path) -> None:

@@ -26,3 +26,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(rooms.get(name, wiring), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi_headroom import settings
 from fastapi_headroom.errors import HeadroomError
@@ -15,7 +17,10 @@ from fastapi_headroom.errors import HeadroomError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 when it could not do what was asked."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(options.parser, unknown)
     try:
         return int(options.run(options))
     except HeadroomError as error:
@@ -23,8 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows all of its help to who named no command, which is how a stranger asks what there is."""
+
+    def error(self, message: str) -> NoReturn:
+        if "required: COMMAND" not in message:
+            super().error(message)
+        self.print_help(sys.stderr)
+        self.exit(2)
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    """Name what a command does not know, and what it knows that is spelled alike."""
+    known = re.findall(r"--[a-z-]+", parser.format_help())
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+    parser.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="headroom", description="How much is left before a FastAPI app falls over.")
+    parser = _Parser(prog="headroom", description="How much is left before a FastAPI app falls over.")
+    parser.add_argument(
+        "--version", action="version", version=_version_line(), help="show the version of fastapi-headroom and exit"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     sidecar = commands.add_parser(
@@ -74,16 +99,28 @@ def _parser() -> argparse.ArgumentParser:
     sidecar.add_argument(
         "--service", dest="service_name", metavar="NAME", help="service whose default directory is meant"
     )
-    sidecar.set_defaults(run=_sidecar)
+    sidecar.set_defaults(run=_sidecar, parser=sidecar)
 
     pack = commands.add_parser("pack", help="boards and alert rules")
     pack_commands = pack.add_subparsers(dest="pack_command", required=True, metavar="COMMAND")
     export = pack_commands.add_parser("export", help="write boards and alert rules for file provisioning")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write to")
-    export.add_argument("--format", choices=("files",), default="files", help="what to write (files)")
-    export.set_defaults(run=_pack_export)
+    export.add_argument(
+        "--format",
+        choices=("files", "kubernetes"),
+        default="files",
+        help="files for Grafana, Prometheus and Alertmanager, or PrometheusRules and ConfigMaps (default: files)",
+    )
+    export.add_argument(
+        "--runbook-base", default="", metavar="URL", help="where you publish the runbooks; alerts then link to them"
+    )
+    export.add_argument(
+        "--grafana-url", default="", metavar="URL", help="address of your Grafana; alerts then link to its boards"
+    )
+    export.set_defaults(run=_pack_export, parser=export)
 
-    commands.add_parser("version", help="print the version").set_defaults(run=_version)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version, parser=version)
     return parser
 
 
@@ -106,16 +143,34 @@ def _sidecar(options: argparse.Namespace) -> int:
 
 
 def _pack_export(options: argparse.Namespace) -> int:
-    from fastapi_headroom.pack.export import export
+    from fastapi_headroom.pack import export
 
-    for path in export(options.to):
+    write = export.export_kubernetes if options.format == "kubernetes" else export.export
+    for path in write(options.to, runbook_base=options.runbook_base, grafana_url=options.grafana_url):
         print(path)
+    print(_NEXT[options.format].format(to=options.to.resolve()), file=sys.stderr)
     return 0
+
+
+_NEXT = {
+    "files": """
+Next: Prometheus   rule_files: ["{to}/alerts/*.rules.yml"]
+      Grafana      a provider of dashboards with options: {{path: {to}/dashboards}}
+      Alertmanager {to}/alerts/alertmanager.yml, with receivers of your own""",
+    "kubernetes": """
+Next: kubectl apply -n NAMESPACE -f {to}
+      kubectl label -n NAMESPACE -f {to} release=NAME   # where your Prometheus selects rules by it""",
+}
+"""What to do with what was written; on standard error, so that the list of files stays a list of files."""
 
 
 def _version(options: argparse.Namespace) -> int:
-    print(f"fastapi-headroom {metadata.version('fastapi-headroom')}")
+    print(_version_line())
     return 0
+
+
+def _version_line() -> str:
+    return f"fastapi-headroom {metadata.version('fastapi-headroom')}"
 
 
 if __name__ == "__main__":

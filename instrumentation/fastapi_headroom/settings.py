@@ -7,6 +7,7 @@ logged in one line with its remedy and the default stands in: a typo must not ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -137,16 +138,28 @@ class Settings(BaseModel):
         """The directory of the store, with the default filled in."""
         if self.directory is not None:
             return self.directory
-        base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.service_name) or "app"
-        return base / f"headroom-{os.getuid()}-{slug}"
+        return _default_base() / f"headroom-{os.getuid()}-{slug}"
+
+
+def default_stores() -> list[Path]:
+    """Return the stores of this user's services that have the default directory, alive or not, the latest first."""
+    found: list[tuple[float, Path]] = []
+    for path in _default_base().glob(f"headroom-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):  # it may have been deleted
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _default_base() -> Path:
+    return Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
 def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
     """Return the settings from arguments over variables over defaults.
 
     Raises SettingsError for an unknown or unusable argument. An unknown or unusable variable is
-    logged as one warning that names the remedy, and left out.
+    logged as one warning that names the remedy, and left out; an empty one is as good as none.
     """
     env = os.environ if environ is None else environ
     values = _standard_variables(env)
@@ -156,10 +169,13 @@ def load(environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings
         name = key.removeprefix(PREFIX).lower()
         if name not in Settings.model_fields:
             log.warning("fastapi-headroom: unknown variable %s is ignored%s", key, _suggest(name, PREFIX, upper=True))
-        elif name == "directory" and not text:
-            continue  # as compose files leave what is unset; it would be the working directory
+        elif not text.strip():
+            continue  # as compose files leave what is unset; for a path it would be the working directory
         elif (problem := _problem(name, text)) is not None:
-            log.warning("fastapi-headroom: %s=%r is ignored: %s; the default is used", key, _shown(name, text), problem)
+            log.warning(
+                "fastapi-headroom: %s=%r is ignored: %s; the default%s is used",
+                key, _shown(name, text), problem, _default(name),
+            )  # fmt: skip
         else:
             values[name] = text
     for name, value in arguments.items():
@@ -216,6 +232,12 @@ def _problem(name: str, value: Any) -> str | None:
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return None
+
+
+def _default(name: str) -> str:
+    """Return the default with a space before it; nothing of one that has to be looked up or says nothing."""
+    default = Settings.model_fields[name].default
+    return f" {str(default).lower()}" if isinstance(default, bool | int | float | str) and default != "" else ""
 
 
 def _shown(name: str, value: Any) -> Any:

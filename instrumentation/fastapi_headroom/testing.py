@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from fastapi_headroom.errors import SettingsError
-from fastapi_headroom.store.writer import Samples, Writer, redirect
+from fastapi_headroom.store.writer import Samples, Writer, redirect, redirected
 
 if TYPE_CHECKING:
     from fastapi_headroom.probes.blocks import Block
@@ -33,8 +34,14 @@ class CapturedMetrics:
         """The writer in memory, for code that takes one."""
 
     def value(self, name: str, /, **labels: str) -> float:
-        """Return the value of one sample, such as ``headroom_requests_total``. Raises KeyError when there is none."""
-        return self.writer.value(name, **labels)
+        """Return the value of one sample, such as ``headroom_requests_total``, given by all its labels.
+
+        Raises KeyError when there is none; it says which samples of that name there are, or what is named alike.
+        """
+        try:
+            return self.writer.value(name, **labels)
+        except KeyError:
+            raise KeyError(self._lacking(name, labels)) from None
 
     def samples(self) -> Samples:
         """Return every sample: (sample name, label pairs sorted by name) to value."""
@@ -43,18 +50,40 @@ class CapturedMetrics:
     def __contains__(self, name: str) -> bool:
         return any(sample == name for sample, _ in self.samples())
 
+    def _lacking(self, name: str, labels: Mapping[str, str]) -> str:
+        values = {pairs: value for (sample, pairs), value in self.samples().items() if sample == name}
+        given = set(labels.items())  # first what shares most labels with what was asked for, then what counted
+        series = sorted(values, key=lambda pairs: (-len(given & set(pairs)), values[pairs] == 0, pairs))
+        if series:
+            found = [_as_series(name, pairs) for pairs in series[:_MOST_SHOWN]]
+            found += [f"and {len(series) - _MOST_SHOWN} more"] if len(series) > _MOST_SHOWN else []
+            remedy = "value() wants all labels of a sample; there are " + ", ".join(found)
+        else:
+            near = difflib.get_close_matches(name, {sample for sample, _ in self.samples()}, n=3)
+            remedy = f"did you mean {', '.join(near)}?" if near else "nothing of that name was measured in this block"
+        return f"no sample {_as_series(name, labels.items())}: {remedy}"
+
+
+_MOST_SHOWN: Final = 5
+
+
+def _as_series(name: str, labels: Iterable[tuple[str, str]]) -> str:
+    return name + "{" + ", ".join(f"{label}={value!r}" for label, value in labels) + "}"
+
 
 @contextmanager
 def capture_metrics(*, max_series: int = 20_000) -> Iterator[CapturedMetrics]:
     """Collect everything that is measured inside the block in memory, without files, slots or a port.
 
     Works for apps that are initialised inside the block and for those that were before: what is bound to the
-    shared files is bound to the captured ones, and back at the end. Blocks do not nest.
+    shared files is bound to the captured ones, and back at the end. Raises RuntimeError for a block inside another.
 
         with capture_metrics() as metrics:
             client.get("/orders/7")
             assert metrics.value("headroom_requests_total", http_route="/orders/{order_id}", outcome="ok") == 1
     """
+    if redirected() is not None:
+        raise RuntimeError("capture_metrics() is in use already: ask the outer block's metrics, blocks do not nest")
     captured = CapturedMetrics(Writer.in_memory(max_series=max_series))
     redirect(captured.writer)
     try:

@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi_headroom import settings as settings_module
 from fastapi_headroom.apps import Apps
-from fastapi_headroom.errors import MissingExtraError, NotASGIError
+from fastapi_headroom.errors import MissingExtraError, NotASGIError, SettingsError
 from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.own_io import own_io
 from fastapi_headroom.probes.base import Probe
@@ -64,8 +65,7 @@ def init(
         raise NotASGIError(
             f"init() needs an ASGI application, got {type(app).__name__}: call init(app) after app = FastAPI()"
         )
-    with _lock:
-        runtime = _open_runtime(settings)
+    with _lock, _open_runtime(settings) as runtime:
         if app in runtime.apps:
             log.info("fastapi-headroom: init() was called again for the same app; the first call stands")
             return runtime.apps.handle_of(app) or Handle(app, runtime)
@@ -85,11 +85,12 @@ def init_worker(
     ``app`` is the Celery application, or the Dramatiq or TaskIQ broker. Call it in the module that the worker
     imports; a web app may import that too, there it does nothing. Without an app (RQ, arq, or a
     script) this process is measured from now on; an RQ worker measures for the work-horses that it forks.
+
+    Raises SettingsError for a wrong argument, and when ``app`` is none of these.
     """
     from fastapi_headroom.probes import queue_workers
 
-    with _lock:
-        runtime = _open_runtime(settings)
+    with _lock, _open_runtime(settings) as runtime:
         runtime.name(pools or {}, caches or {})
 
         def begin() -> None:
@@ -185,7 +186,11 @@ class Runtime:
         self.unwatch = watch_redirect(self._redirected)
 
     def name(self, pools: Mapping[str, Any], caches: Mapping[str, Any]) -> None:
-        """Give engines, pools and caches the names that the user chose."""
+        """Give engines, pools and caches the names that the user chose. Raises SettingsError for what is none."""
+        for argument, given in (("pools", pools), ("caches", caches)):
+            if not isinstance(given, Mapping):
+                kind = type(given).__name__
+                raise SettingsError(f"{argument} must map names to objects, got {kind}: {argument}={{'main': ...}}")
         self.pool.name_engines(self.other_pools.name_pools(pools))
         self.cache.name_clients(self.local_caches.name_caches(caches))
 
@@ -325,8 +330,11 @@ class Runtime:
         self.request.rearm()
 
 
-def _open_runtime(arguments: Mapping[str, Any]) -> Runtime:
+@contextmanager
+def _open_runtime(arguments: Mapping[str, Any]) -> Iterator[Runtime]:
+    """Hand out the process' runtime. One that was opened for a call that fails is gone, and its settings with it."""
     global _runtime
+    fresh = _runtime is None
     if _runtime is None:
         _runtime = Runtime(settings_module.load(**arguments))
     elif arguments:
@@ -334,7 +342,15 @@ def _open_runtime(arguments: Mapping[str, Any]) -> Runtime:
             "fastapi-headroom: the settings of a second init() are ignored (%s); give them to the first",
             ", ".join(sorted(arguments)),
         )
-    return _runtime
+    runtime = _runtime
+    try:
+        yield runtime
+    except BaseException:
+        if fresh:
+            runtime.stop()
+            runtime.unwatch()
+            _runtime = None
+        raise
 
 
 def _after_fork() -> None:

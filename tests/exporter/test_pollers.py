@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from demo_app.stack.process import free_port
 from demo_app.stack.servers import Redis
 from fastapi_headroom import catalog
 from fastapi_headroom.exporter import pollers
-from fastapi_headroom.exporter.pollers import PolledQueue, public
+from fastapi_headroom.exporter.pollers import PolledCache, PolledQueue, public
 from tests.exporter.support import Broker, eventually, polled
 
 ROW = (catalog.QUEUE_DEPTH, ("redis", "mail", "0"), 5.0)
@@ -79,6 +80,28 @@ def test_a_url_that_cannot_be_used_is_named_once(caplog: pytest.LogCaptureFixtur
     eventually(lambda: queue.up is False, "the failure")
     queue.stop()
     assert "celery+redis" in caplog.text
+    assert "until HEADROOM_QUEUES or --queue is right" in caplog.text
+    assert "check that it runs" not in caplog.text
+
+
+def test_a_library_that_is_not_installed_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sidecar without redis-py says which extra to install, and does not send anybody to look at the server."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "redis"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("redis", "redis.backoff"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    polled_twice = [PolledQueue("rq+redis://broker/0", interval=0.01), PolledCache("redis://broker/0", interval=0.01)]
+    for one in polled_twice:
+        one.start()
+        eventually(lambda one=one: one.up is False, "the failure")
+        one.stop()
+    queue, cache = (record.getMessage() for record in caplog.records)
+    for line in (queue, cache):
+        assert "needs redis, which is not installed: run `pip install 'fastapi-headroom[redis]'`" in line
+        assert "check that it runs" not in line
+    assert "queue" not in cache
 
 
 def test_a_poll_that_hangs_becomes_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:

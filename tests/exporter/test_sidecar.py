@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import shutil
@@ -20,10 +21,22 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from demo_app.stack.process import free_port
 from demo_app.stack.servers import Redis
 from fastapi_headroom import catalog, settings
+from fastapi_headroom.exporter import elsewhere
+from fastapi_headroom.exporter import sidecar as exporter_sidecar
 from fastapi_headroom.exporter.election import Election
 from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, is_held
 from fastapi_headroom.store.writer import Writer
-from tests.exporter.support import Child, eventually, get, half_open, serving_sidecar, sidecar, worker
+from tests.exporter.support import (
+    Child,
+    answers,
+    candidate,
+    eventually,
+    get,
+    half_open,
+    serving_sidecar,
+    sidecar,
+    worker,
+)
 
 COUNTED = 'headroom_requests_total{http_route="/orders/{id}",outcome="ok"}'
 
@@ -113,6 +126,59 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
     assert f"port 127.0.0.1:{port} is in use" in line
     assert "--port" in line
     assert not is_held(tmp_path / SIDECAR_LOCK)
+
+
+@pytest.fixture
+def other_service() -> Iterator[Path]:
+    """The default store of a service of this user, whose name nobody else has."""
+    with tempfile.TemporaryDirectory(
+        prefix=f"headroom-{os.getuid()}-", dir=settings.load({}).store_directory.parent
+    ) as at:
+        yield Path(at)
+
+
+def test_a_port_that_another_store_of_the_user_exports_on_says_which(
+    tmp_path: Path, other_service: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar with another service name than the app's finds its port taken, and is told the app's store."""
+    port = free_port()
+    with candidate(other_service, port):
+        eventually(lambda: answers(port), "the election")
+        with sidecar("--dir", str(tmp_path), "--port", str(port)) as child:
+            assert child.wait() == 2
+            (line,) = child.log().splitlines()
+        assert f"port 127.0.0.1:{port} is in use" in line
+        assert "Workers of " in line and "HEADROOM_SERVICE_NAME (--service)" in line
+        assert other_service in settings.default_stores()  # among the latest three it may not be, where many run
+        monkeypatch.setattr(settings, "default_stores", lambda: [other_service])
+        assert f"Workers of {other_service} export" in elsewhere.exporting(tmp_path)
+        assert elsewhere.exporting(other_service) == ""
+
+
+def test_a_sidecar_without_workers_says_where_there_are_some(
+    tmp_path: Path, other_service: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so once, some seconds after its start, and says nothing when a worker has come."""
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(exporter_sidecar, "_LONELY_SECONDS", 0.0)
+    monkeypatch.setattr(settings, "default_stores", lambda: [other_service])
+    with worker(other_service):
+        lonely = exporter_sidecar.Sidecar(settings.load({}, directory=tmp_path, port=0))
+        lonely.tend()
+        lonely.tend()
+        lonely.stop()
+        (record,) = caplog.records
+        assert f"no worker writes to {tmp_path}" in record.getMessage()
+        assert f"--dir {other_service}" in record.getMessage()
+        caplog.clear()
+        served = exporter_sidecar.Sidecar(settings.load({}, directory=other_service, port=0))
+        served.tend()
+        served.stop()
+        assert not caplog.records
+    alone = exporter_sidecar.Sidecar(settings.load({}, directory=tmp_path, port=0))
+    alone.tend()
+    alone.stop()
+    assert "start the app, with the same HEADROOM_SERVICE_NAME" in caplog.text
 
 
 @pytest.mark.parametrize("inside", ["", "below"])

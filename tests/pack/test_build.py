@@ -77,6 +77,41 @@ def test_export_puts_addresses_in_front(tmp_path: Path) -> None:
             assert rule["annotations"]["dashboard_url"].startswith("https://grafana.example/d/headroom-")
 
 
+def test_export_leaves_nothing_that_is_shipped_behind(tmp_path: Path) -> None:
+    """What the wheel carries is what users can have: every file of the two folders is exported."""
+    written = {path.relative_to(tmp_path) for path in export.export(tmp_path)}
+    folders = (support.ROOT / "dashboards", support.ROOT / "alerts")
+    assert written == {p.relative_to(support.ROOT) for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_exported_rules_pass_their_exported_tests(tmp_path: Path) -> None:
+    """With addresses of one's own in front, promtool finds rules and tests in step."""
+    export.export(tmp_path, runbook_base="https://wiki.example/runbooks", grafana_url="https://grafana.example")
+    tests = sorted(map(str, (tmp_path / "alerts/tests").glob("pool.test.yml")))
+    done = subprocess.run(
+        [support.tool("promtool"), "test", "rules", *tests], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_manifests_hold_what_the_files_hold(tmp_path: Path) -> None:
+    """Each PrometheusRule has its file's groups, each ConfigMap its board, letter by letter, and names are valid."""
+    export.export_kubernetes(tmp_path, grafana_url="https://grafana.example")
+    found = [yaml.safe_load(path.read_text()) for path in sorted(tmp_path.iterdir())]
+    rules = {one["metadata"]["name"]: one for one in found if one["kind"] == "PrometheusRule"}
+    boards = {one["metadata"]["name"]: one for one in found if one["kind"] == "ConfigMap"}
+    assert len(rules) == len(support.RULE_FILES) and len(boards) == len(support.BOARDS)
+    for path in support.RULE_FILES:
+        text = path.read_text().replace("dashboard_url: /d/", "dashboard_url: https://grafana.example/d/")
+        assert rules[f"headroom-{path.name.removesuffix('.rules.yml')}"]["spec"] == yaml.safe_load(text)
+    for path in support.BOARDS:
+        board = boards[f"{path.stem}-board"]
+        assert board["data"] == {path.name: path.read_text()}
+        assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name) for name in (*rules, *boards))
+    assert all(len(path.read_bytes()) < 200_000 for path in tmp_path.iterdir())  # kubectl apply keeps up to 256 KiB
+
+
 def test_export_finds_package_data_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed package exports the files that its wheel carries."""
     package = tmp_path / "site-packages" / "fastapi_headroom" / "pack"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from fastapi_headroom.errors import HeadroomError, MissingExtraError
 from fastapi_headroom.probes.queue_adapters import Poller, Sample, poller_for
 
 log = logging.getLogger("fastapi_headroom")
@@ -29,10 +30,8 @@ class PolledQueue:
     probe: ClassVar[str] = "queue"
     """The stem that is down while the server does not answer."""
     _server: ClassVar[str] = "queue broker"
-    _remedy: ClassVar[str] = (
-        "its queues are missing until it answers: check that it runs and that the URL in HEADROOM_QUEUES or --queue "
-        "is right"
-    )
+    _lack: ClassVar[str] = "its queues are missing"
+    _named_by: ClassVar[str] = "HEADROOM_QUEUES or --queue"
 
     def __init__(self, url: str, make: Callable[[str], Poller] = poller_for, *, interval: float = INTERVAL) -> None:
         self.url, self._make, self._interval = url, make, interval
@@ -82,14 +81,18 @@ class PolledQueue:
 
     def _failed(self, error: Exception) -> None:
         if self._up is not False:
+            text = _without_credentials(str(error), self.url)
+            if isinstance(error, MissingExtraError):
+                cause, remedy = text, ""
+            elif isinstance(error, HeadroomError):
+                cause, remedy = text, f" until {self._named_by} is right"
+            else:
+                cause = f"{type(error).__name__}: {text}"
+                remedy = f" until it answers: check that it runs and that the URL in {self._named_by} is right"
             log.warning(
-                "fastapi-headroom: the %s %s cannot be polled (%s: %s); %s",
-                self._server,
-                public(self.url),
-                type(error).__name__,
-                _without_credentials(str(error), self.url),
-                self._remedy,
-            )
+                "fastapi-headroom: the %s %s cannot be polled (%s); %s%s",
+                self._server, public(self.url), cause, self._lack, remedy,
+            )  # fmt: skip
         self._up = False
         self._rows = []
 
@@ -106,10 +109,8 @@ class PolledCache(PolledQueue):
 
     probe: ClassVar[str] = "cache"
     _server: ClassVar[str] = "cache server"
-    _remedy: ClassVar[str] = (
-        "its memory and evictions are missing until it answers: check that it runs and that the URL in "
-        "HEADROOM_CACHE_SERVERS or --cache is right"
-    )
+    _lack: ClassVar[str] = "its memory and evictions are missing"
+    _named_by: ClassVar[str] = "HEADROOM_CACHE_SERVERS or --cache"
 
     def __init__(
         self, url: str, make: Callable[[str], Poller] = cache_poller_for, *, interval: float = INTERVAL

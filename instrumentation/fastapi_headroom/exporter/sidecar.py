@@ -12,7 +12,8 @@ import time
 from types import FrameType
 
 from fastapi_headroom.errors import HeadroomError, PortInUseError, StoreError
-from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, FileLock, is_held
+from fastapi_headroom.exporter import elsewhere
+from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, FileLock, is_held, slots_alive
 from fastapi_headroom.exporter.service import Exporter
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.slot import prepare_directory
@@ -24,6 +25,8 @@ EXIT_UNUSABLE = 2
 _TEND_SECONDS = 0.5
 _HANDOVER_SECONDS = 5.0
 """How long an elected worker may take to free the port."""
+_LONELY_SECONDS = 10.0
+"""How long a sidecar waits for the first worker before it says that there is none; apps take some seconds to start."""
 
 
 def run(settings: Settings) -> int:
@@ -78,6 +81,7 @@ class Sidecar:
                 "HEADROOM_DIRECTORY"
             )
         self._lock = lock
+        self._ask_for_workers_at: float | None = time.monotonic() + _LONELY_SECONDS
         try:
             self.exporter = self._listen(settings)
         except HeadroomError:
@@ -87,6 +91,7 @@ class Sidecar:
 
     def tend(self) -> None:
         """Take the lock anew when the directory was deleted and has come back. Called twice a second."""
+        self._say_when_lonely()
         if self._lock.is_current() or not self._directory.is_dir():
             return
         try:
@@ -98,6 +103,18 @@ class Sidecar:
             self._lock.release()
             self._lock = lock
             log.info("fastapi-headroom: %s was made anew and is served again", self._directory)
+
+    def _say_when_lonely(self) -> None:
+        """Say once that no worker has come: most likely the app was given another name, or none."""
+        if self._ask_for_workers_at is None or time.monotonic() < self._ask_for_workers_at:
+            return
+        self._ask_for_workers_at = None
+        if not slots_alive(self._directory):
+            log.warning(
+                "fastapi-headroom: no worker writes to %s so far: %s",
+                self._directory,
+                elsewhere.writing(self._directory),
+            )
 
     def stop(self) -> None:
         """Free the port, then the lock: a worker that is elected next finds the port free."""
@@ -122,7 +139,7 @@ class Sidecar:
             worker_exports = is_held(self._directory / EXPORTER_LOCK)
             try:
                 return Exporter(settings)
-            except PortInUseError:
+            except PortInUseError as error:
                 if not worker_exports or time.monotonic() > deadline:
-                    raise
+                    raise PortInUseError(f"{error}{elsewhere.exporting(self._directory)}") from error
             time.sleep(0.05)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue import install_worker as install_celery
 
 Install = Callable[[Any, Callable[[], None], Callable[[], None]], None]
@@ -20,14 +21,19 @@ def install(app: Any, bind: Callable[[], None], shutdown: Callable[[], None]) ->
     """Call ``bind`` in each process that runs jobs of ``app``, and ``shutdown`` when it ends.
 
     ``app`` is a Celery application, a Dramatiq or a TaskIQ broker. A second call for it replaces the first one's.
-    Raises ImportError when the library is not installed.
+    Raises SettingsError when it is none of these.
     """
     if _is(app, "dramatiq.broker", "Broker"):
         _install_dramatiq(app, bind, shutdown)
     elif _is(app, "taskiq.abc.broker", "AsyncBroker"):
         _install_taskiq(app, bind, shutdown)
-    else:
+    elif _is(app, "celery", "Celery"):
         install_celery(bind, shutdown)
+    else:
+        raise SettingsError(
+            f"init_worker() takes a Celery app, or a Dramatiq or TaskIQ broker, got {type(app).__name__}: "
+            "in a worker of RQ or arq call it without one"
+        )
 
 
 def _is(app: Any, module: str, name: str) -> bool:

@@ -36,7 +36,7 @@ class RedisLink:
             from redis.connection import ConnectionPool
             from redis.retry import Retry
         except ImportError as error:
-            raise MissingExtraError("redis", "redis", "Polling queues on Redis") from error
+            raise MissingExtraError("redis", "redis", "Polling Redis") from error
         options = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT, "retry": Retry(NoBackoff(), 0)}
         try:
             self._pool = ConnectionPool.from_url(url.broker, **options)
