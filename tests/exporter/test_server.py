@@ -113,14 +113,19 @@ def test_head_has_the_headers_and_no_body(server: MetricsServer) -> None:
     connection.close()
 
 
-def test_a_scrape_that_fails_is_a_500_and_the_next_one_works(server: MetricsServer, reader: CountingReader) -> None:
-    """An error while collecting is answered as such, and is over with its cause."""
-    reader.error = RuntimeError("the fault")
-    response = get(server.port)
-    assert response.status == 500
-    assert "the fault" not in response.text
-    reader.error = None
-    assert get(server.port).status == 200
+def test_a_scrape_that_fails_is_a_500_and_the_next_one_works(
+    server: MetricsServer, reader: CountingReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error while collecting is answered as such, is over with its cause, and is logged once for as long."""
+    for times in (1, 2):
+        reader.error = RuntimeError("the fault")
+        for _ in range(3):
+            response = get(server.port)
+            assert response.status == 500
+            assert "the fault" not in response.text
+        assert caplog.text.count("RuntimeError: the fault") == times
+        reader.error = None
+        assert get(server.port).status == 200
 
 
 @pytest.mark.alone

@@ -29,6 +29,8 @@ class Scraper:
         self._families: list[Family] = []
         self._bodies: dict[tuple[bool, bool], bytes] = {}
         self._began = -1.0
+        self.failing = False
+        """Whether the last scrape failed, so that a fault that lasts is logged once."""
 
     def scrape(self, *, openmetrics: bool = False, compressed: bool = False) -> bytes:
         """Return a body that is no older than this call."""
