@@ -21,6 +21,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from fastapi_headroom import settings
+from fastapi_headroom.probes import registry
 from fastapi_headroom.probes.registry import RegistrySnapshot
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
@@ -317,3 +318,27 @@ def test_a_scrape_says_what_prometheus_client_says(kind: type[Any], looks: list[
             made.close()
     finally:
         REGISTRY.unregister(metric)
+
+
+def test_a_collector_that_never_returns_is_named(
+    register: Any, snapshot: Snapshot, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics of the app's own that stand still because a collector hangs are no riddle: one line names it."""
+    answer, asked = threading.Event(), threading.Event()
+    waiting = register(Custom(GaugeMetricFamily("t_hung", "Text.", value=1)))
+
+    def wait() -> None:
+        asked.set()
+        answer.wait(60)
+
+    waiting.before = wait
+    snapshot.probe.sample()
+    assert asked.wait(30)
+    snapshot.probe.sample()
+    assert caplog.text == ""
+    monkeypatch.setattr(registry, "PATIENCE", 0.0)
+    for _ in range(3):
+        snapshot.probe.sample()
+    assert caplog.text.count("collector Custom has not returned") == 1
+    answer.set()
+    eventually(lambda: "t_hung" in snapshot.scraped())

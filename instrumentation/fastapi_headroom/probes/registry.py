@@ -33,6 +33,8 @@ REST: Final = 50.0
 """A look that took CPU time is followed by at least so many times that without one: at most 2 % of a core."""
 _OURS: Final = frozenset(metric.family for metric in catalog.ALL)
 _FLUSH_SECONDS: Final = 0.5
+PATIENCE: Final = 30.0
+"""Seconds after which a collector that has not returned is named in the log."""
 
 
 class RegistrySnapshot:
@@ -57,6 +59,7 @@ class RegistrySnapshot:
         self._wanted = threading.Event()
         self._looking = threading.Lock()
         self._rest_until = 0.0
+        self._at: tuple[Any, float] | None = None  # the collector that is asked, and since when
 
     def bind(self, writer: Writer) -> None:
         """Write to this writer from now on."""
@@ -72,6 +75,12 @@ class RegistrySnapshot:
 
     def sample(self) -> None:
         """Have the thread look at the registry, unless it still does or has to rest. Waits for nothing."""
+        at = self._at
+        if at is not None and time.monotonic() - at[1] > PATIENCE:
+            self._complain(
+                ("hangs", id(at[0])), "the app's collector %s has not returned for %d s; the app's own metrics stand "
+                "still until it does", type(at[0]).__qualname__, PATIENCE
+            )  # fmt: skip
         if self._series is None or "prometheus_client" not in sys.modules or time.monotonic() < self._rest_until:
             return
         if self._thread is None:
@@ -122,7 +131,9 @@ class RegistrySnapshot:
         series.forget(map(id, collectors))
         for collector in collectors:
             if foreign or _is_metric(collector):
+                self._at = (collector, time.monotonic())
                 self._write(series, collector)
+                self._at = None
                 time.sleep(0)  # let the event loop have the interpreter before the next one
 
     def _write(self, series: UserSeries, collector: Any) -> None:
