@@ -128,7 +128,7 @@ class Reader:
                 if known is None or known[0] != inode:
                     if known is not None:
                         os.close(self._locks.pop(name)[1])
-                    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a pipe
                     known = self._locks[name] = (inode, os.open(self._directory / name, flags))
                 if slot.is_held(known[1]):
                     alive.append(int(match[1]))
