@@ -134,6 +134,36 @@ def test_a_forked_child_adds_only_its_own(register: Any, snapshot: Snapshot) -> 
     assert snapshot.scraped() == {"t_forked_total": 6.0, "t_level": 4.0}
 
 
+def test_what_a_preloading_master_counted_is_reported_once(register: Any, tmp_path: Path) -> None:
+    """Its workers inherit what was counted before they were forked, those too that replace others: one of them reports
+    it, and each its own."""
+    counter, histogram = (
+        register(Counter("t_boots", "Text.", ["kind"])),
+        register(Histogram("t_loading", "Text.", buckets=(1.0,))),
+    )
+    master = RegistrySnapshot(settings.load({}, directory=tmp_path))
+    for _ in range(3):
+        counter.labels("cold").inc(4)
+        histogram.observe(0.5)
+        child = os.fork()
+        if child == 0:
+            try:
+                counter.labels("cold").inc(0.5)
+                writer = Writer.open(tmp_path)
+                master.bind(writer)
+                master.flush()
+                master.close()
+                writer.close()
+                os._exit(0)
+            except BaseException:
+                os._exit(99)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    values = Reader(tmp_path).read().values()
+    assert values["t_boots_total", (("kind", "cold"),)] == 3 * 4 + 3 * 0.5
+    assert (values["t_loading_count", ()], values["t_loading_sum", ()]) == (3, 1.5)
+    master.close()
+
+
 def test_every_type_of_a_custom_collector_is_written(register: Any, snapshot: Snapshot) -> None:
     """Counters, histograms and unknown types of custom collectors arrive; names of ours and process_* do not."""
     histogram = HistogramMetricFamily("t_h", "Text.", labels=["le_", "z"])

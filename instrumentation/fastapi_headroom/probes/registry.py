@@ -14,13 +14,14 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric, Mode
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.registry_series import DEFAULT_MODE, Labels, TooManyError, UserSeries
+from fastapi_headroom.probes.registry_series import DEFAULT_MODE, HandedOver, Labels, TooManyError, UserSeries, inherit
 from fastapi_headroom.settings import Settings, multiprocess_directory
 from fastapi_headroom.store.writer import Counter, Writer, redirected
 
@@ -52,6 +53,7 @@ class RegistrySnapshot:
         self._series: UserSeries | None = None
         self._forget_thread()
         self._complained: set[object] = set()
+        _snapshots.add(self)
 
     def _forget_thread(self) -> None:
         self._pid = os.getpid()
@@ -100,6 +102,14 @@ class RegistrySnapshot:
                 self.guard.failed(error)
             finally:
                 self._looking.release()
+
+    def hand_over(self) -> None:
+        """After a fork, in a parent that writes no metrics itself: leave what is counted until now to this child."""
+        if self._series is None and self._settings.prometheus_registry and "prometheus_client" in sys.modules:
+            handed_over = HandedOver()
+            for collector in _collectors(self._settings):
+                if _is_metric(collector):
+                    self._write(handed_over, collector)
 
     def close(self) -> None:
         """Flush, and end the thread."""
@@ -199,6 +209,21 @@ def _is_in_files(collector: Any) -> bool:
     from prometheus_client import Counter, Gauge, Histogram, Summary
 
     return isinstance(collector, Counter | Gauge | Histogram | Summary)
+
+
+_snapshots: weakref.WeakSet[RegistrySnapshot] = weakref.WeakSet()
+
+
+def _after_fork_in_parent() -> None:
+    for snapshot in list(_snapshots):
+        try:
+            snapshot.hand_over()
+        except Exception as error:
+            snapshot.guard.failed(error)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=inherit)
 
 
 # ------------------------------------------------------------------ one family of samples
