@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from fastapi_headroom import catalog
 from fastapi_headroom.exporter.locks import FileLock, is_held, slots_alive
-from fastapi_headroom.store import layout, marks, slot_files
+from fastapi_headroom.store import layout, marks, region, slot_files
 from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
@@ -228,3 +229,39 @@ def test_exemplars_that_cannot_be_kept_degrade_nothing(
     again = write_some(tmp_path)
     assert not again.degraded
     again.close()
+
+
+def test_a_disk_that_is_full_while_kept_files_are_taken_over_costs_no_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that counted in memory meets its predecessor's files and no room in the first of them: the others are
+    kept open, nothing takes their place, and with room again all counts of both are there."""
+    store = tmp_path / "blocked" / "store"
+    write_some(tmp_path / "kept").close()
+    (tmp_path / "blocked").write_text("")
+    writer = write_some(store)
+    for number in range(400):  # more than the counters' file has room for
+        writer.counter(catalog.PROBE_ERRORS, f"{number}-{'x' * 100}").inc()
+    (tmp_path / "blocked").unlink()
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "kept").rename(store)
+    real = os.posix_fallocate
+
+    def no_growth(fd: int, offset: int, length: int) -> None:
+        if offset and length != marks.TABLE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, offset, length)
+
+    monkeypatch.setattr(region.os, "posix_fallocate", no_growth)
+    writer.tend()
+    before = descriptors()
+    writer.tend()
+    assert writer.degraded
+    assert descriptors() == before
+    monkeypatch.undo()
+    writer.tend()
+    assert not writer.degraded
+    values = Reader(store).read().values()
+    assert (values[ERRORS], values[f"{WAITS}_count", POOL]) == (4, 2)
+    assert sum(value for (name, _), value in values.items() if name == ERRORS[0]) == 404
+    writer.close()

@@ -207,11 +207,16 @@ class SlotFiles:
         mine = {stem for stem, region in self.regions.items() if region.is_file}
         taken = self._take_over(self.slot, mine)
         self._taken_over = True
-        for stem, region in taken.items():
-            before = self.regions.get(stem)
-            self.regions[stem] = region
-            if before is not None:
-                self._move(before, stem, same_file=before.shares_file(region))
+        held = {stem: self.regions[stem] for stem in taken if stem in self.regions}
+        self.regions.update(taken)  # all of them first: nothing may take the place of a file that has counts
+        failed: Exception | None = None
+        for stem, before in held.items():
+            try:
+                self._move(before, stem, same_file=before.shares_file(taken[stem]))
+            except (OSError, FullError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _leave_to_successor(self, error: SlotTakenError) -> None:
         """Write no more to files whose slot somebody else has, who may have gone on from what they hold."""
