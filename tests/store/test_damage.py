@@ -124,6 +124,18 @@ def test_a_key_nested_without_end_costs_its_file_only(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_files_that_something_makes_without_end_fill_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A program that leaves ever new files in the directory is named a hundred times, and then once more in sum."""
+    reader = Reader(tmp_path)
+    for number in range(150):
+        path = tmp_path / f"journal-{number}.db"
+        path.write_text("not ours")
+        assert reader.read().unreadable == [path.name]
+        path.unlink()
+    assert 100 < len(caplog.records) < 105
+    assert "are counted and not named" in caplog.records[-1].getMessage()
+
+
 def test_a_gauge_with_a_label_called_pid_has_it_once(tmp_path: Path) -> None:
     """In mode all the process takes the label, as prometheus_client has it: of a name that is there twice
     Prometheus refuses the whole scrape."""
