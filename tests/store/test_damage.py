@@ -21,6 +21,7 @@ from fastapi_headroom.store import layout, marks, region, slot_files
 from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
+from tests.support.descriptors import store_descriptors
 
 ERRORS = ("headroom_probe_errors_total", (("probe", "request"),))
 WAITS = "db_client_connection_wait_time_seconds"
@@ -42,10 +43,6 @@ def within(seconds: float, call: Callable[[], object]) -> None:
     thread.start()
     thread.join(seconds)
     assert not thread.is_alive(), "it hangs"
-
-
-def descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def add_entry(path: Path, raw: bytes, value: float = 1.0) -> None:
@@ -206,10 +203,10 @@ def test_a_slot_that_cannot_be_opened_takes_no_descriptor_each_second(tmp_path: 
     (tmp_path / "histogram_slot0.db").symlink_to("elsewhere")
     writer = write_some(tmp_path)
     assert writer.degraded
-    before = descriptors()
+    before = store_descriptors(tmp_path)
     for _ in range(20):
         writer.tend()
-    assert descriptors() == before
+    assert store_descriptors(tmp_path) == before
     (tmp_path / "histogram_slot0.db").unlink()
     writer.tend()
     assert not writer.degraded
@@ -266,10 +263,10 @@ def test_a_disk_that_is_full_while_kept_files_are_taken_over_costs_no_count(
 
     monkeypatch.setattr(region.os, "posix_fallocate", no_growth)
     writer.tend()
-    before = descriptors()
+    before = store_descriptors(store)
     writer.tend()
     assert writer.degraded
-    assert descriptors() == before
+    assert store_descriptors(store) == before
     monkeypatch.undo()
     writer.tend()
     assert not writer.degraded

@@ -15,6 +15,7 @@ from io import BufferedIOBase
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi_headroom.exporter import exposition
+from fastapi_headroom.exporter.scrape import StoppedError
 
 if TYPE_CHECKING:
     from fastapi_headroom.exporter.server import MetricsServer
@@ -172,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
         compressed = exposition.wants_gzip(self.headers.get("Accept-Encoding", ""))
         try:
             body = self.server.scraper.scrape(openmetrics=openmetrics, compressed=compressed)
+        except StoppedError:
+            self.close_connection = True
+            return
         except Exception:
             if not self.server.scraper.failing:  # once until it works again: every request may come here
                 log.exception(
