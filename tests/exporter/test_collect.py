@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi_headroom import catalog, thresholds
+from fastapi_headroom.advice.remaining import READS
+from fastapi_headroom.catalog import Metric
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.scrape import Scraper
 from fastapi_headroom.store.reader import Family, Reader
@@ -122,3 +124,22 @@ def test_consumers_that_workers_tell_stand_beside_those_that_are_polled(tmp_path
         "headroom_queue_consumers mail redis _all": 1.0,
         "headroom_queue_consumers reports rabbitmq _all": 4.0,
     }
+
+
+def test_series_of_another_release_cost_no_scrape(tmp_path: Path) -> None:
+    """Rows of ours with other labels, as another release or a metric of the app's own may have, are exported as they
+    are, and what is computed from ours is computed from the rest."""
+    writer = Writer.open(tmp_path)
+    writer.gauge(catalog.QUEUE_OLDEST_AGE, "celery", "mail", "").set(30)
+    for metric in READS:
+        strange = Metric(metric.name, "gauge", "user", ("stranger",), "Text.", "", (), metric.mode)
+        writer.gauge(strange, "x").set(1)
+        if "db_client_connection_state" in metric.labels:
+            partial = Metric(
+                metric.name, "gauge", "user", ("db_client_connection_state",), "Text.", "", (), metric.mode
+            )
+            writer.gauge(partial, "used").set(1)
+    seen = values(Collector(Reader(tmp_path)).collect())
+    assert seen["headroom_remaining_ratio mail queue"] == 1 - 30 / thresholds.QUEUE_AGE_SECONDS
+    assert all(seen[f"{metric.name} x"] == 1.0 for metric in READS)
+    writer.close()

@@ -153,3 +153,19 @@ def test_the_accept_header_chooses_the_form(accept: str, expected: bool) -> None
 def test_the_accept_encoding_header_chooses_gzip(accept: str, expected: bool) -> None:
     """A body is compressed for whoever takes it."""
     assert wants_gzip(accept) is expected
+
+
+@PARSERS
+def test_label_names_are_valid_and_there_once(openmetrics: bool) -> None:
+    """Prometheus refuses a whole scrape for a label name that is empty, reserved or there twice: a collector of the
+    app's own may give all three, and names of any UTF-8 may become the same."""
+    family = gauge("t", ({"a.b": "1", "a_b": "2"}, 1.0), ({"": "3"}, 2.0), ({"__name__": "4"}, 3.0), ({"é": "5"}, 4.0))
+    family.rows.series += (("t", (("x", "6"), ("x", "7"))),)
+    family.values = [*family.values, 5.0]
+    assert parsed(Renderer().render([family], openmetrics=openmetrics), openmetrics=openmetrics) == {
+        ("t", (("a_b", "1"), ("a_b_", "2"))): 1.0,
+        ("t", (("_", "3"),)): 2.0,
+        ("t", (("exported__name__", "4"),)): 3.0,
+        ("t", (("_", "5"),)): 4.0,
+        ("t", (("x", "6"), ("x_", "7"))): 5.0,
+    }

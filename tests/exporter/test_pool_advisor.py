@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from demo_app.stack.servers import Postgres
 from fastapi_headroom import catalog
 from fastapi_headroom.exporter.collect import Collector
 from fastapi_headroom.exporter.pool_advisor import PoolAdvisor
-from fastapi_headroom.exporter.pool_rows import PoolReader
+from fastapi_headroom.exporter.pool_rows import HISTOGRAMS, PoolReader
 from fastapi_headroom.probes.pool import PoolProbe
 from fastapi_headroom.settings import load
 from fastapi_headroom.store.reader import Reader
@@ -247,3 +248,13 @@ async def test_a_real_pool_that_is_too_small_is_told_what_it_needs(tmp_path: Pat
     rows = {(metric.name, *labels): value for metric, labels, value in advisor.rows()}
     assert 3 <= rows[RECOMMENDED, "primary"] <= 5
     assert rows["headroom_pool_peak_connections", "primary"] == 4
+
+
+def test_a_worker_of_another_release_spoils_no_advice(tmp_path: Path, clock: Clock) -> None:
+    """Histograms with other buckets or labels, as during a rolling update, are left out, and the others are sized."""
+    other = Writer.open(tmp_path)
+    for metric in HISTOGRAMS:
+        other.histogram(replace(metric, buckets=(0.123, 4.56)), "primary").observe(0.2)
+        other.histogram(replace(metric, labels=("stranger",)), "x").observe(0.2)
+    rows = watch(PoolAdvisor(tmp_path, clock=clock), clock, (Writer.open(tmp_path), traffic(40)))
+    assert (RECOMMENDED, "primary") in rows

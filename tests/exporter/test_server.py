@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -18,11 +19,14 @@ from fastapi_headroom import catalog
 from fastapi_headroom.errors import HeadroomError, PortInUseError
 from fastapi_headroom.exporter import handler
 from fastapi_headroom.exporter.collect import Collector
-from fastapi_headroom.exporter.scrape import Scraper
+from fastapi_headroom.exporter.scrape import Scraper, StoppedError
 from fastapi_headroom.exporter.server import MAX_CONNECTIONS, MetricsServer
+from fastapi_headroom.exporter.service import Exporter
+from fastapi_headroom.settings import load
 from fastapi_headroom.store.reader import Reader, Snapshot
 from fastapi_headroom.store.writer import Writer
 from tests.exporter.support import eventually, get, half_open
+from tests.support.descriptors import store_descriptors
 
 
 class CountingReader(Reader):
@@ -113,14 +117,19 @@ def test_head_has_the_headers_and_no_body(server: MetricsServer) -> None:
     connection.close()
 
 
-def test_a_scrape_that_fails_is_a_500_and_the_next_one_works(server: MetricsServer, reader: CountingReader) -> None:
-    """An error while collecting is answered as such, and is over with its cause."""
-    reader.error = RuntimeError("the fault")
-    response = get(server.port)
-    assert response.status == 500
-    assert "the fault" not in response.text
-    reader.error = None
-    assert get(server.port).status == 200
+def test_a_scrape_that_fails_is_a_500_and_the_next_one_works(
+    server: MetricsServer, reader: CountingReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error while collecting is answered as such, is over with its cause, and is logged once for as long."""
+    for times in (1, 2):
+        reader.error = RuntimeError("the fault")
+        for _ in range(3):
+            response = get(server.port)
+            assert response.status == 500
+            assert "the fault" not in response.text
+        assert caplog.text.count("RuntimeError: the fault") == times
+        reader.error = None
+        assert get(server.port).status == 200
 
 
 @pytest.mark.alone
@@ -224,6 +233,19 @@ def test_stopping_frees_the_port_and_ends_connections(server: MetricsServer, rea
     again.stop()
     eventually(lambda: threads() == 0, "the end of the connection")
     connection.close()
+
+
+def test_a_scrape_that_waits_while_the_exporter_ends_opens_nothing(reader: CountingReader, tmp_path: Path) -> None:
+    """Each handover to a sidecar would leave the descriptors of a whole store behind in the worker else."""
+    before = store_descriptors(tmp_path)
+    exporter = Exporter(load({}, directory=tmp_path, port=0))
+    exporter.start()
+    assert get(urlsplit(exporter.url).port or 0).status == 200
+    scraper = exporter._scraper
+    exporter.stop()
+    with pytest.raises(StoppedError):
+        scraper.scrape()
+    eventually(lambda: store_descriptors(tmp_path) == before, "the end of all connections")
 
 
 def test_a_taken_port_names_the_remedy(server: MetricsServer, reader: CountingReader) -> None:

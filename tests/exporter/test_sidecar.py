@@ -24,7 +24,7 @@ from fastapi_headroom import catalog, settings
 from fastapi_headroom.exporter import elsewhere
 from fastapi_headroom.exporter import sidecar as exporter_sidecar
 from fastapi_headroom.exporter.election import Election
-from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, is_held
+from fastapi_headroom.exporter.locks import EXPORTER_LOCK, SIDECAR_LOCK, is_held, provide
 from fastapi_headroom.store.writer import Writer
 from tests.exporter.support import (
     Child,
@@ -201,12 +201,18 @@ from fastapi_headroom.errors import StoreError
 from fastapi_headroom.exporter.sidecar import Sidecar
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
-    Sidecar(settings.load({}, directory=Path(sys.argv[1]), port=int(sys.argv[2])))
+    sidecar = Sidecar(settings.load({}, directory=Path(sys.argv[1]), port=int(sys.argv[2])))
 except StoreError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 print("ready", flush=True)
 time.sleep(60)
+"""
+TENDED = """
+while True:
+    sidecar.tend()
+    print("tended", flush=True)
+    time.sleep(0.1)
 """
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -250,6 +256,28 @@ def test_a_sidecar_of_another_user_needs_the_groups_right_only(visible: Path) ->
         assert 'span_id="0000000000000007"' in get(port, Accept="application/openmetrics-text").text
     assert store.stat().st_mode & 0o7777 == 0o2750
     election.stop()
+    writer.close()
+
+
+@as_root
+def test_a_sidecar_outlives_the_right_to_see_its_directory(visible: Path) -> None:
+    """When the directory is closed to the sidecar's user it serves what it has open, and goes on when it may again."""
+    store, port = visible / "inner" / "store", free_port()
+    (visible / "inner").mkdir()
+    os.chown(visible / "inner", 0, 65534)
+    (visible / "inner").chmod(0o2755)
+    writer = Writer.open(store, group_readable=True)
+    provide(store / SIDECAR_LOCK, mode=0o640)
+    with Child(["-c", STRANGER.replace("time.sleep(60)", TENDED), str(store), str(port)]) as child:
+        (visible / "inner").chmod(0o700)
+        assert get(port, "/healthz").json["directory_present"] is False
+        assert get(port).status == 200
+        assert child.process.stdout is not None
+        for _ in range(2):
+            assert child.process.stdout.readline() == "tended\n", child.log()
+        (visible / "inner").chmod(0o2755)
+        assert get(port, "/healthz").json["directory_present"] is True
+        assert child.process.poll() is None
     writer.close()
 
 

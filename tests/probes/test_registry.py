@@ -21,6 +21,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from fastapi_headroom import settings
+from fastapi_headroom.probes import registry
 from fastapi_headroom.probes.registry import RegistrySnapshot
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
@@ -131,6 +132,36 @@ def test_a_forked_child_adds_only_its_own(register: Any, snapshot: Snapshot) -> 
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert snapshot.scraped() == {"t_forked_total": 6.0, "t_level": 4.0}
+
+
+def test_what_a_preloading_master_counted_is_reported_once(register: Any, tmp_path: Path) -> None:
+    """Its workers inherit what was counted before they were forked, those too that replace others: one of them reports
+    it, and each its own."""
+    counter, histogram = (
+        register(Counter("t_boots", "Text.", ["kind"])),
+        register(Histogram("t_loading", "Text.", buckets=(1.0,))),
+    )
+    master = RegistrySnapshot(settings.load({}, directory=tmp_path))
+    for _ in range(3):
+        counter.labels("cold").inc(4)
+        histogram.observe(0.5)
+        child = os.fork()
+        if child == 0:
+            try:
+                counter.labels("cold").inc(0.5)
+                writer = Writer.open(tmp_path)
+                master.bind(writer)
+                master.flush()
+                master.close()
+                writer.close()
+                os._exit(0)
+            except BaseException:
+                os._exit(99)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    values = Reader(tmp_path).read().values()
+    assert values["t_boots_total", (("kind", "cold"),)] == 3 * 4 + 3 * 0.5
+    assert (values["t_loading_count", ()], values["t_loading_sum", ()]) == (3, 1.5)
+    master.close()
 
 
 def test_every_type_of_a_custom_collector_is_written(register: Any, snapshot: Snapshot) -> None:
@@ -317,3 +348,27 @@ def test_a_scrape_says_what_prometheus_client_says(kind: type[Any], looks: list[
             made.close()
     finally:
         REGISTRY.unregister(metric)
+
+
+def test_a_collector_that_never_returns_is_named(
+    register: Any, snapshot: Snapshot, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics of the app's own that stand still because a collector hangs are no riddle: one line names it."""
+    answer, asked = threading.Event(), threading.Event()
+    waiting = register(Custom(GaugeMetricFamily("t_hung", "Text.", value=1)))
+
+    def wait() -> None:
+        asked.set()
+        answer.wait(60)
+
+    waiting.before = wait
+    snapshot.probe.sample()
+    assert asked.wait(30)
+    snapshot.probe.sample()
+    assert caplog.text == ""
+    monkeypatch.setattr(registry, "PATIENCE", 0.0)
+    for _ in range(3):
+        snapshot.probe.sample()
+    assert caplog.text.count("collector Custom has not returned") == 1
+    answer.set()
+    eventually(lambda: "t_hung" in snapshot.scraped())

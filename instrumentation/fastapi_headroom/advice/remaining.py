@@ -58,7 +58,7 @@ def _pools(samples: Samples) -> Iterable[Remaining]:
     demand = _by(samples, catalog.POOL_PENDING.name, label)
     for labels, value in samples.get(catalog.POOL_COUNT.name, ()):
         pairs = dict(labels)
-        if pairs.get("db_client_connection_state") == "used":
+        if pairs.get("db_client_connection_state") == "used" and label in pairs:
             demand[pairs[label]] = demand.get(pairs[label], 0.0) + value
     limits = _by(samples, catalog.POOL_MAX.name, label)
     reach, budgets = (
@@ -87,8 +87,9 @@ def _queues(samples: Samples) -> Iterable[Remaining]:
     """The age of a queue's oldest ready job against ``thresholds.QUEUE_AGE_SECONDS``; its worst priority counts."""
     oldest: dict[str, float] = {}
     for labels, age in samples.get(catalog.QUEUE_OLDEST_AGE.name, ()):
-        queue = dict(labels)["messaging_destination_name"]
-        oldest[queue] = max(age, oldest.get(queue, 0.0))
+        queue = dict(labels).get("messaging_destination_name")
+        if queue is not None:
+            oldest[queue] = max(age, oldest.get(queue, 0.0))
     for queue in sorted(oldest):
         yield from _row("queue", queue, oldest[queue], thresholds.QUEUE_AGE_SECONDS)
 

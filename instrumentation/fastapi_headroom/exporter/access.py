@@ -30,6 +30,7 @@ class Access:
         self._token: tuple[_Version, bytes] | None = None
         self._loaded: _Version = ()
         self._refused: _Version = ()
+        self._token_failed = False
         self.tls: ssl.SSLContext | None = None
         """What connections are wrapped with; None for plain HTTP."""
         if self._token_file is not None:
@@ -56,8 +57,13 @@ class Access:
         try:
             token = self._read_token(self._token_file)
         except HeadroomError as error:
-            log.error("fastapi-headroom: nobody may scrape: %s", error)
+            if not self._token_failed:  # every request comes here, also those of strangers
+                log.error("fastapi-headroom: nobody may scrape: %s", error)
+            self._token_failed = True
             return False
+        if self._token_failed:
+            self._token_failed = False
+            log.info("fastapi-headroom: the token file %s can be read again", self._token_file)
         scheme, _, shown = authorization.strip().partition(" ")
         return hmac.compare_digest(shown.strip().encode("utf-8", "replace"), token) and scheme.lower() == "bearer"
 

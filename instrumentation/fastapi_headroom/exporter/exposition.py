@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import isfinite
 from operator import add
 
@@ -136,8 +137,24 @@ def _header(family: Family, *, openmetrics: bool) -> str:
 def _prefix(name: str, labels: tuple[tuple[str, str], ...]) -> str:
     if not labels:
         return f"{_name(name)} "
-    pairs = ",".join(f'{_NOT_IN_LABELS.sub("_", label)}="{_escape(value)}"' for label, value in labels)
+    names = _label_names(tuple([label for label, _ in labels]))
+    pairs = ",".join([f'{label}="{_escape(value)}"' for label, (_, value) in zip(names, labels, strict=True)])
     return f"{_name(name)}{{{pairs}}} "
+
+
+@lru_cache(1024)
+def _label_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return label names of the legacy character set, each once: of a name that is empty, reserved or there twice
+    Prometheus refuses the whole scrape."""
+    told: list[str] = []
+    for name in names:
+        text = _NOT_IN_LABELS.sub("_", name) or "_"
+        if text.startswith("__"):
+            text = f"exported{text}"
+        while text in told:
+            text += "_"
+        told.append(text)
+    return tuple(told)
 
 
 def _escape(value: str) -> str:
@@ -146,7 +163,7 @@ def _escape(value: str) -> str:
 
 def _name(name: str) -> str:
     """Return a name of the legacy character set: a user's own metric may have any UTF-8 name."""
-    return _NOT_IN_NAMES.sub("_", name)
+    return _NOT_IN_NAMES.sub("_", name) or "_"
 
 
 def wants_openmetrics(accept: str) -> bool:

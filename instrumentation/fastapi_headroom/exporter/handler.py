@@ -15,6 +15,7 @@ from io import BufferedIOBase
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi_headroom.exporter import exposition
+from fastapi_headroom.exporter.scrape import StoppedError
 
 if TYPE_CHECKING:
     from fastapi_headroom.exporter.server import MetricsServer
@@ -172,14 +173,22 @@ class Handler(BaseHTTPRequestHandler):
         compressed = exposition.wants_gzip(self.headers.get("Accept-Encoding", ""))
         try:
             body = self.server.scraper.scrape(openmetrics=openmetrics, compressed=compressed)
+        except StoppedError:
+            self.close_connection = True
+            return
         except Exception:
-            log.exception("fastapi-headroom: a scrape of %s failed; the next one starts afresh", self.server.directory)
+            if not self.server.scraper.failing:  # once until it works again: every request may come here
+                log.exception(
+                    "fastapi-headroom: a scrape of %s failed; the next one starts afresh", self.server.directory
+                )
+            self.server.scraper.failing = True
             self._send(
                 b"500 the scrape failed; the exporter's log says why\n",
                 "text/plain; charset=utf-8",
                 HTTPStatus.INTERNAL_SERVER_ERROR,
             )
             return
+        self.server.scraper.failing = False
         headers = {"Vary": "Accept, Accept-Encoding"} | ({"Content-Encoding": "gzip"} if compressed else {})
         self._send(body, exposition.OPENMETRICS if openmetrics else exposition.TEXT, headers=headers)
 

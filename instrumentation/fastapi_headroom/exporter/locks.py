@@ -15,7 +15,7 @@ from fastapi_headroom.store import slot
 EXPORTER_LOCK = "exporter.lock"
 SIDECAR_LOCK = "sidecar.lock"
 
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name must hold nobody up
 
 
 class FileLock:

@@ -114,16 +114,17 @@ class _File:
         self.inode = inode
         self._used = layout.HEADER
         self._cells: dict[tuple[Metric, str], list[int]] = {}
+        self._foreign: set[tuple[Metric, str]] = set()
 
     def read(self, fd: int) -> dict[tuple[Metric, str], array[float]]:
         used = layout.read_used(os.pread(fd, layout.HEADER, 0))
         if used < self._used:
-            self._used, self._cells = layout.HEADER, {}
+            self._used, self._cells, self._foreign = layout.HEADER, {}, set()
         if used > self._used:
             self._parse(os.pread(fd, used - self._used, self._used), used)
         rows = {}
         for series, cells in self._cells.items():
-            if -1 not in cells:  # a series whose last bucket is being written
+            if -1 not in cells and series not in self._foreign:  # a series whose last bucket is being written
                 rows[series] = _values(fd, cells)
         return rows
 
@@ -134,16 +135,25 @@ class _File:
                 continue
             family, sample, labels, _ = layout.parse_key(raw)
             metric, values = catalog.BY_NAME[family], dict(labels)
+            bound = values.pop("le", "")
+            if values.keys() != set(metric.labels):
+                continue  # another release's, or not ours
             series = (metric, values[metric.labels[0]])
             cells = self._cells.setdefault(series, [-1] * (len(metric.buckets) + 2 if metric.buckets else 1))
-            cells[_number(metric, sample, values.get("le", ""))] = index
+            number = _number(metric, sample, bound)
+            if number is None:
+                self._foreign.add(series)  # another release's buckets: nothing to compare with
+            else:
+                cells[number] = index
         self._used = used
 
 
-def _number(metric: Metric, sample: str, bound: str) -> int:
+def _number(metric: Metric, sample: str, bound: str) -> int | None:
+    """Return which of a series' cells a sample is; None for a bucket that this release has not."""
     if metric.kind != "histogram" or sample.endswith("_sum"):
         return 0
-    return 1 + [*map(layout.bound_text, (*metric.buckets, float("inf")))].index(bound)
+    bounds = [*map(layout.bound_text, (*metric.buckets, float("inf")))]
+    return 1 + bounds.index(bound) if bound in bounds else None
 
 
 def _values(fd: int, cells: list[int]) -> array[float]:

@@ -14,6 +14,10 @@ from fastapi_headroom.store.reader import Family
 _GZIP_LEVEL = 1  # exposition text shrinks tenfold at the cheapest level already
 
 
+class StoppedError(Exception):
+    """The exporter ended while this scrape waited for its turn."""
+
+
 class Scraper:
     """Serialises scrapes around the reader. A scrape that began while others waited serves them all, so a
     crowd of scrapers costs about as much as two."""
@@ -29,11 +33,17 @@ class Scraper:
         self._families: list[Family] = []
         self._bodies: dict[tuple[bool, bool], bytes] = {}
         self._began = -1.0
+        self.stopped = False
+        """Set while ``quiet`` is held: a scrape that waits for its turn would open files that nobody closes."""
+        self.failing = False
+        """Whether the last scrape failed, so that a fault that lasts is logged once."""
 
     def scrape(self, *, openmetrics: bool = False, compressed: bool = False) -> bytes:
-        """Return a body that is no older than this call."""
+        """Return a body that is no older than this call. Raises StoppedError."""
         called = time.monotonic()
         with self.quiet:
+            if self.stopped:
+                raise StoppedError
             if self._began < called:
                 self._collect(openmetrics)
             return self._body(openmetrics, compressed)

@@ -171,7 +171,7 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return {
             "status": "ok",
             "directory": str(self.directory),
-            "directory_present": self.directory.is_dir(),
+            "directory_present": os.path.isdir(self.directory),  # noqa: PTH112 - Path's raises without rights
             "slots_alive": slots_alive(self.directory),
             "last_scrape": self.scraper.last,
         }

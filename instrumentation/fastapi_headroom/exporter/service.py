@@ -63,6 +63,7 @@ class Exporter:
         self._pools.stop()
         self._server.stop()
         with self._scraper.quiet:
+            self._scraper.stopped = True
             self._reader.close()
 
     def abandon(self) -> None:

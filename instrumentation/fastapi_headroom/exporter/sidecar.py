@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import resource
 import signal
 import sys
@@ -92,7 +93,7 @@ class Sidecar:
     def tend(self) -> None:
         """Take the lock anew when the directory was deleted and has come back. Called twice a second."""
         self._say_when_lonely()
-        if self._lock.is_current() or not self._directory.is_dir():
+        if self._lock.is_current() or not os.path.isdir(self._directory):  # noqa: PTH112 - Path's raises without rights
             return
         try:
             lock = self._take_lock()

@@ -14,13 +14,14 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from fastapi_headroom import catalog
 from fastapi_headroom.catalog import Metric, Mode
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.registry_series import DEFAULT_MODE, Labels, TooManyError, UserSeries
+from fastapi_headroom.probes.registry_series import DEFAULT_MODE, HandedOver, Labels, TooManyError, UserSeries, inherit
 from fastapi_headroom.settings import Settings, multiprocess_directory
 from fastapi_headroom.store.writer import Counter, Writer, redirected
 
@@ -33,6 +34,8 @@ REST: Final = 50.0
 """A look that took CPU time is followed by at least so many times that without one: at most 2 % of a core."""
 _OURS: Final = frozenset(metric.family for metric in catalog.ALL)
 _FLUSH_SECONDS: Final = 0.5
+PATIENCE: Final = 30.0
+"""Seconds after which a collector that has not returned is named in the log."""
 
 
 class RegistrySnapshot:
@@ -50,6 +53,7 @@ class RegistrySnapshot:
         self._series: UserSeries | None = None
         self._forget_thread()
         self._complained: set[object] = set()
+        _snapshots.add(self)
 
     def _forget_thread(self) -> None:
         self._pid = os.getpid()
@@ -57,6 +61,7 @@ class RegistrySnapshot:
         self._wanted = threading.Event()
         self._looking = threading.Lock()
         self._rest_until = 0.0
+        self._at: tuple[Any, float] | None = None  # the collector that is asked, and since when
 
     def bind(self, writer: Writer) -> None:
         """Write to this writer from now on."""
@@ -72,6 +77,12 @@ class RegistrySnapshot:
 
     def sample(self) -> None:
         """Have the thread look at the registry, unless it still does or has to rest. Waits for nothing."""
+        at = self._at
+        if at is not None and time.monotonic() - at[1] > PATIENCE:
+            self._complain(
+                ("hangs", id(at[0])), "the app's collector %s has not returned for %d s; the app's own metrics stand "
+                "still until it does", type(at[0]).__qualname__, PATIENCE
+            )  # fmt: skip
         if self._series is None or "prometheus_client" not in sys.modules or time.monotonic() < self._rest_until:
             return
         if self._thread is None:
@@ -91,6 +102,14 @@ class RegistrySnapshot:
                 self.guard.failed(error)
             finally:
                 self._looking.release()
+
+    def hand_over(self) -> None:
+        """After a fork, in a parent that writes no metrics itself: leave what is counted until now to this child."""
+        if self._series is None and self._settings.prometheus_registry and "prometheus_client" in sys.modules:
+            handed_over = HandedOver()
+            for collector in _collectors(self._settings):
+                if _is_metric(collector):
+                    self._write(handed_over, collector)
 
     def close(self) -> None:
         """Flush, and end the thread."""
@@ -122,7 +141,9 @@ class RegistrySnapshot:
         series.forget(map(id, collectors))
         for collector in collectors:
             if foreign or _is_metric(collector):
+                self._at = (collector, time.monotonic())
                 self._write(series, collector)
+                self._at = None
                 time.sleep(0)  # let the event loop have the interpreter before the next one
 
     def _write(self, series: UserSeries, collector: Any) -> None:
@@ -188,6 +209,21 @@ def _is_in_files(collector: Any) -> bool:
     from prometheus_client import Counter, Gauge, Histogram, Summary
 
     return isinstance(collector, Counter | Gauge | Histogram | Summary)
+
+
+_snapshots: weakref.WeakSet[RegistrySnapshot] = weakref.WeakSet()
+
+
+def _after_fork_in_parent() -> None:
+    for snapshot in list(_snapshots):
+        try:
+            snapshot.hand_over()
+        except Exception as error:
+            snapshot.guard.failed(error)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=inherit)
 
 
 # ------------------------------------------------------------------ one family of samples

@@ -24,6 +24,10 @@ _reported: dict[Key, list[float]] = {}
 """What this process, or the one that it was forked from, has written of each total: it must not be written twice."""
 
 
+_handed_over: dict[Key, list[float]] = {}
+"""What a process that serves nothing itself had counted when it forked last: its first child reports that."""
+
+
 class TooManyError(Exception):
     """There is no room for another of the user's series."""
 
@@ -120,7 +124,7 @@ class UserSeries:
 
     def counter(self, family: str, help_text: str, labels: Labels, value: float) -> None:
         """Write a counter's total."""
-        key = (("counter", family), labels)
+        key = _counter_key(family, labels)
         total = self._totals.get(key)
         if total is None:
             self._make_room(1)
@@ -135,20 +139,18 @@ class UserSeries:
         bounds = sorted(cumulative)
         if not bounds or bounds[-1] != float("inf"):
             return
-        counts = [cumulative[bound] for bound in bounds]
-        values = [counts[0], *(count - below for below, count in pairwise(counts)), total_sum]
-        key = (("histogram", family, *bounds), labels)
+        key, values = _histogram_key(family, bounds, labels), _histogram_values(bounds, cumulative, total_sum)
         total = self._totals.get(key)
         if total is None:
             self._make_room(len(values) + 1)
             row = self._row(family, "histogram", help_text, labels, tuple(bounds[:-1]))
             handle = self._writer.histogram(row, *_values(labels))
-            total = self._add(key, handle, (*handle.cells, handle.index), counts=len(counts))
+            total = self._add(key, handle, (*handle.cells, handle.index), counts=len(bounds))
         total.write(values)
 
     def summary(self, family: str, help_text: str, labels: Labels, count: float, total_sum: float) -> None:
         """Write a summary: count and sum. Quantiles of several processes cannot be merged."""
-        key = (("summary", family), labels)
+        key = _summary_key(family, labels)
         total = self._totals.get(key)
         if total is None:
             self._make_room(2)
@@ -193,6 +195,63 @@ class UserSeries:
         if row is None:
             row = self._rows[key] = Metric(name, kind, "user", names, help_text, "", buckets, mode)
         return row
+
+
+class HandedOver(UserSeries):
+    """Takes the totals of a process that forks workers and serves nothing, such as gunicorn's master with --preload.
+
+    Every worker inherits what was counted there, those too that replace others. Its first child reports it; to all
+    later ones it counts as reported.
+    """
+
+    def __init__(self) -> None:
+        self._levels = {}
+        self._pass = 0
+
+    def counter(self, family: str, help_text: str, labels: Labels, value: float) -> None:
+        """Take a counter's total."""
+        _handed_over[_counter_key(family, labels)] = [value]
+
+    def histogram(
+        self, family: str, help_text: str, labels: Labels, cumulative: Mapping[float, float], total_sum: float
+    ) -> None:
+        """Take a histogram's counts and sum."""
+        bounds = sorted(cumulative)
+        if bounds:
+            key = _histogram_key(family, bounds, labels)
+            _handed_over[key] = _histogram_values(bounds, cumulative, total_sum)
+
+    def summary(self, family: str, help_text: str, labels: Labels, count: float, total_sum: float) -> None:
+        """Take a summary's count and sum."""
+        _handed_over[_summary_key(family, labels)] = [count, total_sum]
+
+    def gauge(self, owner: int, name: str, help_text: str, labels: Labels, value: float, mode: Mode) -> None:
+        """Leave a gauge alone: every worker has its own."""
+
+
+def inherit() -> None:
+    """Take note, in a forked child, of what an earlier child of the same parent reports."""
+    for key, values in _handed_over.items():
+        _reported.setdefault(key, list(values))
+    _handed_over.clear()
+
+
+def _counter_key(family: str, labels: Labels) -> Key:
+    return ("counter", family), labels
+
+
+def _summary_key(family: str, labels: Labels) -> Key:
+    return ("summary", family), labels
+
+
+def _histogram_key(family: str, bounds: Iterable[float], labels: Labels) -> Key:
+    return ("histogram", family, *bounds), labels
+
+
+def _histogram_values(bounds: Iterable[float], cumulative: Mapping[float, float], total_sum: float) -> list[float]:
+    """Return the count of each bucket alone, and the sum."""
+    counts = [cumulative[bound] for bound in bounds]
+    return [counts[0], *(count - below for below, count in pairwise(counts)), total_sum]
 
 
 def _values(labels: Labels) -> tuple[str, ...]:

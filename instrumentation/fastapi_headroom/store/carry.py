@@ -24,7 +24,8 @@ def carry_over(entries: Iterable[tuple[bytes, float]], kind: str, catalog: Itera
             values = tuple(labels[name] for name in metric.labels)
             bound = labels.get("le", "") if kind == "histogram" and "le" not in metric.labels else ""
             extra = set(labels) - set(metric.labels) - ({"le"} if bound else set())
-        except (ValueError, TypeError, KeyError):
+            hash(values)
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         if not extra:
             cells = found.setdefault((family, values), {})

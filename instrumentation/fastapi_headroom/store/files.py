@@ -234,10 +234,12 @@ class _Blocks:
     def learn(self, fd: int, known: Layout, used: int) -> bool:
         """Find out where the blocks are, after their values were read; return whether they can be used."""
         content = memoryview(os.pread(fd, marks.AREA, self._table)).cast("d")
-        offsets = [int(offset) for offset in content[1:].tolist()]
-        count = next((number for number, offset in enumerate(offsets) if not layout.HEADER <= offset < used), None)
-        offsets = offsets[:count]
-        if len(content) != marks.PLACES or any(lower >= upper for lower, upper in pairwise([0, *offsets])):
+        starts = content[1:].tolist()
+        count = next((number for number, offset in enumerate(starts) if not layout.HEADER <= offset < used), None)
+        offsets = [int(offset) for offset in starts[:count]]  # not before: a damaged table may hold what is no number
+        # The first block begins where the entries do, and behind the last one nothing else is set.
+        whole = not any(starts[len(offsets) :]) and offsets[:1] == [layout.HEADER][: used > layout.HEADER]
+        if not whole or len(content) != marks.PLACES or any(lower >= upper for lower, upper in pairwise([0, *offsets])):
             return False
         ends = [*offsets[1:], used]
         # By place in the column; place 0 of the flags is that of the whole file.

@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from json import dumps, loads  # by name: a test of the app's that mocks json.dumps counts its own calls only
 from mmap import mmap
 
@@ -26,6 +27,8 @@ VERSION = 2
 GAUGE_MODES = ("all", "liveall", "min", "livemin", "max", "livemax", "sum", "livesum", "mostrecent", "livemostrecent")
 
 Buffer = bytes | bytearray | memoryview | mmap
+_TOGETHER = 256
+"""Keys that are parsed by one call."""
 _length = struct.Struct("i")
 _two_doubles = struct.Struct("dd")
 _SLOT_FILE = re.compile(r"slot(\d+)")
@@ -109,7 +112,7 @@ def parse_key(raw: bytes) -> tuple[str, str, tuple[tuple[str, str], ...], str]:
         family, sample, labels, help_text = loads(raw)
         pairs = tuple(sorted((clean(name), clean(value)) for name, value in labels.items()))
         return clean(family), clean(sample), pairs, clean(help_text)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TornFileError(f"a key is not what prometheus_client writes: {raw[:80]!r}") from error
 
 
@@ -192,6 +195,23 @@ def walk(buffer: Buffer, start: int, used: int, base: int = 0) -> Iterator[tuple
             raise TornFileError(f"the entry at byte {position} reaches beyond the {used} bytes used")
         yield bytes(buffer[position + 4 : position + 4 + size]), (base + value_at) // 8
         position = value_at + 16
+
+
+def checked(entries: Iterable[tuple[bytes, int]], *, is_histogram: bool) -> Iterator[tuple[bytes, int]]:
+    """Yield the entries, after a look at their keys. Raises TornFileError for a key that a reader would refuse."""
+    source = iter(entries)
+    while some := list(islice(source, _TOGETHER)):
+        try:
+            rows = loads(b"[%b]" % b",".join([raw for raw, _ in some]))
+            for family, sample, labels, help_text in rows:
+                "".join((family, sample, help_text, *labels, *labels.values()))  # all of them are text
+                if is_histogram and "le" in labels:
+                    float(labels["le"])
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise TornFileError(f"a key is not what prometheus_client writes ({error})") from error
+        if len(rows) != len(some):
+            raise TornFileError("a key is not what prometheus_client writes")
+        yield from some
 
 
 def fingerprint(metrics: Iterable[Metric]) -> str:

@@ -53,7 +53,8 @@ class SeriesIndex:
         if known is None:
             family, name, labels, help_text = layout.parse_key(raw)
             if pid:
-                labels = tuple(sorted((*labels, ("pid", pid))))
+                # The app's own label of that name gives way, as prometheus_client has it.
+                labels = tuple(sorted((dict(labels) | {"pid": pid}).items()))
             if file.kind == "histogram":
                 _check_bound(labels, raw)
             shared = tuple([self._pairs.get(pair) or self._share(pair) for pair in labels])

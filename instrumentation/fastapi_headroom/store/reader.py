@@ -36,6 +36,8 @@ _MANY = 65_536
 _GRACE_SECONDS = 2.0
 _SUM = "sum"
 _OF_DEGRADED = FileName("gauge", catalog.STORE_DEGRADED.mode, "", None)
+_MOST_NAMED = 100
+"""Files that are skipped and named in the log, each once: something may make new ones without end."""
 _FORGET_BEYOND = 10_000
 """Series that are gone may be remembered up to this many, or as many as there are."""
 
@@ -128,7 +130,7 @@ class Reader:
                 if known is None or known[0] != inode:
                     if known is not None:
                         os.close(self._locks.pop(name)[1])
-                    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a pipe
                     known = self._locks[name] = (inode, os.open(self._directory / name, flags))
                 if slot.is_held(known[1]):
                     alive.append(int(match[1]))
@@ -211,9 +213,14 @@ class Reader:
         return file
 
     def _report(self, name: str, error: Exception) -> None:
-        if name not in self._reported:
-            self._reported.add(name)
-            log.warning("fastapi-headroom: %s in %s is skipped: %s", name, self._directory, error)
+        if name in self._reported or len(self._reported) > _MOST_NAMED:
+            return
+        self._reported.add(name)
+        log.warning("fastapi-headroom: %s in %s is skipped: %s", name, self._directory, error)
+        if len(self._reported) > _MOST_NAMED:
+            log.warning(
+                "fastapi-headroom: further files of %s that are skipped are counted and not named", self._directory
+            )
 
     def _forget_series(self) -> None:
         """Start with no series known: those of files that are gone must not pile up."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 
 from fastapi_headroom.store import layout
@@ -104,7 +105,9 @@ class Region:
             # Read before it is mapped: what a short file does not hold must not be touched in the mapping.
             size = os.fstat(fd).st_size
             used = layout.read_used(os.pread(fd, layout.HEADER, 0))
-            contents = _Contents(layout.walk(_read(fd, min(used, size)), layout.HEADER, used))
+            entries = layout.walk(_read(fd, min(used, size)), layout.HEADER, used)
+            # A key that no reader can read would keep all of the file out of every scrape, restart after restart.
+            contents = _Contents(layout.checked(entries, is_histogram=path.name.startswith("histogram")))
             region = cls._map_file(fd, path, max(capacity, size // 8 * 8), used)
         except BaseException:
             os.close(fd)
@@ -219,6 +222,13 @@ class Region:
         if self._fd is not None:
             _reserve(self._fd, self._reserved, reserved - self._reserved)
         self._reserved = reserved
+
+    def drop_what_is_no_number(self) -> None:
+        """Begin anew at 0 where an earlier owner counted an infinity or what is no number: nothing added ends that."""
+        view = self.view
+        for _, index in self.positions():
+            if not isfinite(view[index]):
+                view[index] = 0.0
 
     def detach(self, *, copy: bool) -> None:
         """Move to anonymous memory, with the values or with zeros; every handle follows, the file stays as it is."""

@@ -131,7 +131,7 @@ class Slot:
 
 def fingerprint_in(path: Path) -> str:
     """Return whose files a lock file says that its slot has, without locking it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         return str(_read_record(fd).get("fingerprint", ""))
     finally:
@@ -165,6 +165,13 @@ def _lock(path: Path, mode: int) -> int | None:
             if path.exists():
                 return None  # another user's slot
             raise
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                return None  # no file of ours: the slot is not to be had
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            return None
         try:
             take(fd)
             if os.fstat(fd).st_ino == path.stat().st_ino:

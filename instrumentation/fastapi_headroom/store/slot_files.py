@@ -6,6 +6,7 @@ space, rights or the directory again, and then moves there with all its counts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Container
@@ -24,6 +25,7 @@ from fastapi_headroom.store.slot import LOCK_FILE, Slot, SlotTakenError, fingerp
 
 log = logging.getLogger("fastapi_headroom")
 _ADOPT_AFTER_SECONDS = 10.0
+_RING_RETRY_SECONDS = 60.0
 
 
 class SlotFiles:
@@ -42,6 +44,8 @@ class SlotFiles:
         self._group_readable, self._capacity = group_readable, capacity
         self._mode = 0o640 if group_readable else 0o600
         self._ring: exemplars.Ring | None = None
+        self._ring_retry_at = float("-inf")
+        self._ring_complained = False
         self._taken_over = self._succeeded = False
         self._number: int | None = None  # the slot that this worker's labels name: it takes no other one again
         self._opened, self._adopted = time.monotonic(), False
@@ -66,13 +70,27 @@ class SlotFiles:
         return self.spares.setdefault(stem, Region.anonymous(self._capacity))
 
     def exemplar_ring(self) -> exemplars.Ring | None:
-        """Return where exemplars go, made when first asked for; None without a file."""
-        if self._ring is None and self.directory is not None and self.slot is not None and self._taken_over:
-            try:
-                with own_io():
-                    self._ring = exemplars.Ring(self.directory / exemplars.file_name(self.slot.number), self._mode)
-            except OSError as error:
-                self.degrade(error)
+        """Return where exemplars go, made when first asked for; None without a file.
+
+        One that cannot be made is no degradation, for all counts are in files; it is tried again in a minute.
+        """
+        if self._ring is not None or self.directory is None or self.slot is None or not self._taken_over:
+            return self._ring
+        if time.monotonic() < self._ring_retry_at:
+            return None
+        path = self.directory / exemplars.file_name(self.slot.number)
+        try:
+            with own_io():
+                self._ring = exemplars.Ring(path, self._mode)
+        except OSError as error:
+            self._ring_retry_at = time.monotonic() + _RING_RETRY_SECONDS
+            if not self._ring_complained:
+                self._ring_complained = True
+                log.warning(
+                    "fastapi-headroom: no exemplars: %s cannot be made (%s); counts are not affected",
+                    path,
+                    error.strerror,
+                )
         return self._ring
 
     def all(self) -> list[tuple[str, Region]]:
@@ -189,11 +207,16 @@ class SlotFiles:
         mine = {stem for stem, region in self.regions.items() if region.is_file}
         taken = self._take_over(self.slot, mine)
         self._taken_over = True
-        for stem, region in taken.items():
-            before = self.regions.get(stem)
-            self.regions[stem] = region
-            if before is not None:
-                self._move(before, stem, same_file=before.shares_file(region))
+        held = {stem: self.regions[stem] for stem in taken if stem in self.regions}
+        self.regions.update(taken)  # all of them first: nothing may take the place of a file that has counts
+        failed: Exception | None = None
+        for stem, before in held.items():
+            try:
+                self._move(before, stem, same_file=before.shares_file(taken[stem]))
+            except (OSError, FullError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _leave_to_successor(self, error: SlotTakenError) -> None:
         """Write no more to files whose slot somebody else has, who may have gone on from what they hold."""
@@ -228,11 +251,21 @@ class SlotFiles:
 
     def _take_over(self, slot: Slot, mine: Container[str] = ()) -> dict[str, Region]:
         """Return the counters that the slot's last owner left, under our keys; its gauges are gone with it."""
+        taken: dict[str, Region] = {}
+        try:
+            self._open_kept(slot, mine, taken)
+        except BaseException:
+            for region in taken.values():
+                region.close()  # this is tried again every second: what is open must not pile up
+            raise
+        return taken
+
+    def _open_kept(self, slot: Slot, mine: Container[str], taken: dict[str, Region]) -> None:
         assert self.directory is not None
         remove_gauges(self.directory, slot.number)
-        (self.directory / exemplars.file_name(slot.number)).unlink(missing_ok=True)
+        with contextlib.suppress(IsADirectoryError):  # without exemplars all else works
+            (self.directory / exemplars.file_name(slot.number)).unlink(missing_ok=True)
         fingerprint = layout.fingerprint(catalog.ALL)
-        taken: dict[str, Region] = {}
         for stem in ("counter", "histogram", "summary"):
             path = self.directory / layout.file_name(stem, slot.number)
             try:
@@ -248,9 +281,10 @@ class SlotFiles:
                 log.warning("fastapi-headroom: %s starts anew, the old file is kept as %s: %s", path, aside, error)
                 path.rename(aside)
                 continue
+            if stem not in mine:
+                region.drop_what_is_no_number()
             taken[stem] = region
         slot.record(fingerprint)
-        return taken
 
     def _create(self, stem: str) -> Region:
         if self.directory is not None and self.slot is not None and self._taken_over:
