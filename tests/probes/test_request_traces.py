@@ -218,6 +218,22 @@ async def test_an_app_that_calls_two_others_gets_its_context_back(site: Callable
     assert not is_sampled(response.json())
 
 
+async def test_a_mounted_app_that_is_measured_too_follows_the_outermost(site: Callable[..., Site]) -> None:
+    """Of apps in one another, all given to init, the outermost decides, once: half of the requests at 50 %."""
+    here, outer, middle, inner = site(0.5), FastAPI(), FastAPI(), telling()
+    outer.mount("/m", middle)
+    middle.mount("/i", inner)
+    for part in (inner, middle):
+        here.put(part)
+    served = here.put(outer)
+    with nothing_left():
+        told = [(await get(served, "/m/i/waits")).json() for _ in range(100)]
+    sampled = sum(is_sampled(one) for one in told)
+    assert sampled == here.servers()
+    assert 15 < sampled < 85, "seven standard deviations"
+    assert len({one.split("-")[1] for one in told}) == 100
+
+
 async def test_an_unsampled_part_that_runs_in_a_task_leaves_no_ledger(site: Callable[..., Site]) -> None:
     """The context that a task of the request was served in is no reason to leave the request's ledger current."""
     here = site(0.0)
