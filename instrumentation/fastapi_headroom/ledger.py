@@ -57,13 +57,14 @@ _ZEROS: Final = [0.0] * len(STAGES)
 class Ledger:
     """The ledger of one request, found by hooks in ``current``.
 
-    ``route`` is the route's template, empty until the router has matched, and ``prefix`` the templates of the
-    mounts on the way there. ``queries``, ``rows`` and ``cache_calls`` are counted by probes that see them. ``trace``
-    and ``context`` belong to tracing, ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to
-    the pool probe.
+    ``app`` is the app whose call is measured, None where that is no HTTP request. ``route`` is the route's template,
+    empty until the router has matched, and ``prefix`` the templates of the mounts on the way there. ``queries``,
+    ``rows`` and ``cache_calls`` are counted by probes that see them. ``trace`` and ``context`` belong to tracing,
+    ``texts`` and ``shapes`` (the first statements, and how often each shape ran) to the pool probe.
     """
 
     __slots__ = (
+        "app",
         "cache_calls",
         "context",
         "finished",
@@ -84,8 +85,9 @@ class Ledger:
         "waits",
     )
 
-    def __init__(self, method: str = "", started: float | None = None) -> None:
+    def __init__(self, method: str = "", started: float | None = None, app: Any = None) -> None:
         self.method = method
+        self.app = app
         self.route = ""
         self.prefix = ""
         self.queries = 0

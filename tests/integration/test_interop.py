@@ -139,7 +139,7 @@ def test_a_killed_workers_counts_stay_and_its_successor_goes_on() -> None:
 
         def ordered() -> bool:
             try:
-                after.append(int(server.get("/order/50", timeout=2)))
+                after.append(int(server.get("/order/50", timeout=60)))
             except OSError:
                 return False
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import socket
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from fastapi_headroom.ledger import Ledger, current
 from tests.support.measured import DURATION, Measured, eventually
 
 CLOSES = "headroom_websocket_closes_total"
@@ -206,3 +208,25 @@ def test_excluded_websockets_leave_no_trace(measure: Callable[..., Measured]) ->
         assert measured.nonzero(OPEN) == {}
     assert measured.nonzero(CLOSES) == {}
     assert measured.nonzero("headroom_websocket_messages_total") == {}
+
+
+def test_a_conversation_that_is_closed_elsewhere_leaves_that_place_alone(measure: Callable[..., Measured]) -> None:
+    """The clean-up of a coroutine that was thrown away does not take the ledger of the request in which it runs."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def receive() -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    async def thrown_away() -> None:
+        coroutine = measured.app({"type": "websocket", "path": "/", "headers": []}, receive, None)
+        contextvars.copy_context().run(coroutine.send, None)
+        mine = Ledger()
+        current.set(mine)
+        coroutine.close()
+        assert current.get() is mine
+
+    measured = measure(app)
+    asyncio.run(thrown_away())
+    assert measured.nonzero(CLOSES) == {("_unmatched", "error"): 1}

@@ -97,11 +97,15 @@ class Measured:
 
 @contextmanager
 def uvicorn_serving(
-    app: Any, loop: Literal["auto", "asyncio", "uvloop"] = "auto", *, root_path: str = ""
+    app: Any,
+    loop: Literal["auto", "asyncio", "uvloop"] = "auto",
+    *,
+    root_path: str = "",
+    http: Literal["auto", "h11", "httptools"] = "auto",
 ) -> Iterator[int]:
     """Serve an app by uvicorn on a thread; yield the port."""
     config = uvicorn.Config(
-        app, port=0, loop=loop, root_path=root_path, log_level="critical", timeout_graceful_shutdown=2
+        app, port=0, loop=loop, http=http, root_path=root_path, log_level="critical", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -111,8 +111,8 @@ class RequestProbe:
         if not self.enabled:
             return
         self.guard.bind(writer)
-        self._ask_again()
         self._table = Table(writer, self._add_routes)
+        self._ask_again()
         self._add_routes()
         self.sample()
         routes.attach(self.guard)
@@ -127,8 +127,8 @@ class RequestProbe:
 
     def rearm(self) -> None:
         """Forget a parent process: the first scope calls ``on_first_serve`` again."""
-        self._ask_again()
         self._table = None
+        self._ask_again()
         self._loop = None
         in_flight.clear()
         self._lock = threading.Lock()
@@ -136,8 +136,8 @@ class RequestProbe:
 
     def close(self) -> None:
         """Put everything back. The apps go on, unmeasured."""
-        self._ask_again()
         self._table = None
+        self._ask_again()
         self._apps.clear()
         self._unwrap_classes()
         routes.detach(self.guard)
@@ -195,7 +195,7 @@ class RequestProbe:
                     return await self._serve_other(measured, original, app, scope, receive, send)
             if measured.stand_aside:
                 scope[_TELEMETRY_KEY] = None
-            ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER))
+            ledger = scope[SCOPE_KEY] = Ledger(METHODS.get(scope["method"], OTHER), None, app)
             if trusts_header or ledger.started < holds.until:
                 arrival.note(ledger, scope, receive, trusts_header)
             exchange = make_exchange(table, guard, ledger, scope, receive, send)
@@ -222,9 +222,12 @@ class RequestProbe:
                 exchange.exit(error)
                 raise
             finally:
-                try:
-                    if (context := ledger.context) is not None:
+                if (context := ledger.context) is not None:
+                    try:
                         context.var.reset(context)
+                    except ValueError:
+                        pass
+                try:
                     current.reset(token)
                 except ValueError:
                     pass  # a coroutine that is thrown away is closed in another context
@@ -251,11 +254,13 @@ class RequestProbe:
         if table is None or kind != "http" or (self._excludes and self._is_excluded(scope)):
             return None
         if self._served and loop is not None and self._loop is loop and not self._excludes:
-            measured.table, measured.running = table, loop.is_running
+            measured.running, measured.table = loop.is_running, table
+            if self._table is not table:  # another thread has bound the probe anew meanwhile, or closed it
+                measured.table = None
         return table
 
     def _ask_again(self) -> None:
-        """Have the next request of each app look at what may have changed."""
+        """Have the next request of each app look at what has changed: to be called after that."""
         for measured in list(self._apps.values()):
             measured.table = None
 
@@ -280,8 +285,7 @@ class RequestProbe:
         ledger = scope[SCOPE_KEY] = Ledger()
         ledger.finished = True  # a WebSocket has no duration to split; hooks still learn the route
         conversation = Conversation(table, self.guard, ledger, receive, send)
-        outer = current.get()
-        current.set(ledger)
+        token = current.set(ledger)
         try:
             result = await original(app, scope, conversation.receive, conversation.send)
         except BaseException as error:
@@ -291,7 +295,10 @@ class RequestProbe:
             conversation.exit(None)
             return result
         finally:
-            current.set(outer)
+            try:
+                current.reset(token)
+            except ValueError:
+                pass  # closed in another context, which has a request of its own
 
     def _is_excluded(self, scope: Any) -> bool:
         if self._names(scope.get("path", "")):

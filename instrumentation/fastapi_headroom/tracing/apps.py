@@ -58,7 +58,9 @@ class TracedApp:
         def build_gated() -> Any:
             traced = build_traced()
             # Given the stack back as it is, when it is of a kind that the instrumentation does not know.
-            return traced if gated.tracer is None or traced is self._inner else Gate(gated.tracer, traced, self._inner)
+            if gated.tracer is None or traced is self._inner:
+                return traced
+            return Gate(gated.tracer, traced, self._inner, app)
 
         app.build_middleware_stack = build_gated
         if app.middleware_stack is not None:

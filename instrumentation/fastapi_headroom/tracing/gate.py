@@ -37,6 +37,7 @@ _url_parts = cast(Callable[[Any], tuple[str, str, str]], get_host_port_url_tuple
 _W3C_FIELDS = frozenset({"traceparent", "tracestate", "baggage"})
 """Propagators of these fields read no other header. Others do: B3's reads one that it does not name."""
 _RANDOM: int = getattr(TraceFlags, "RANDOM_TRACE_ID", 0)
+_NOBODY: Any = object()
 _decided: ContextVar[int | None] = ContextVar("fastapi_headroom_trace_id", default=None)
 """The trace id that was sampled and whose server span is about to be started."""
 
@@ -80,7 +81,8 @@ class UnsampledSpan(NonRecordingSpan):
             generator = self.generator or _RANDOM_IDS
             trace_id = self.trace_id or getrandbits(64) << 64 | self.low or 1  # 0 is none
             flags = _RANDOM_FLAGS if _RANDOM and generator.is_trace_id_random() else _NO_FLAGS
-            context = self._made = SpanContext(trace_id, generator.generate_span_id(), False, flags)
+            made = SpanContext(trace_id, generator.generate_span_id(), False, flags)
+            context = vars(self).setdefault("_made", made)  # another thread of the request may have asked meanwhile
         return context
 
 
@@ -137,10 +139,14 @@ class _Given:
 
 
 class Gate:
-    """An ASGI callable before an instrumented app: to ``traced`` if it is to be traced, else to ``app``."""
+    """An ASGI callable before an instrumented app: to ``traced`` if it is to be traced, else to ``app``.
 
-    def __init__(self, tracer: Any, traced: ASGIApp, app: ASGIApp) -> None:
-        self._tracer, self._untraced = tracer, app
+    ``of`` is the app whose middleware stack they are. Where it is the one that the request probe measures, nobody's
+    code runs between the two, and the probe puts the context back.
+    """
+
+    def __init__(self, tracer: Any, traced: ASGIApp, app: ASGIApp, of: Any = _NOBODY) -> None:
+        self._tracer, self._untraced, self._of = tracer, app, of
         self.app = traced  # by this name FastAPI's own telemetry looks for the instrumentation, to stand aside
         self._bound: int | None = _root_bound(tracer.sampler)
         self._enabled: Callable[[], bool] = getattr(tracer, "_is_enabled", lambda: True)
@@ -167,14 +173,14 @@ class Gate:
         if "fastapi.telemetry" not in scope:
             scope["fastapi.telemetry"] = None  # FastAPI's own telemetry stands aside, as it does when sampled
         ledger = scope.get(SCOPE_KEY)
-        if ledger is None or ledger.finished or ledger.context is not None or _variable is None:
+        if ledger is None or ledger.app is not self._of or ledger.context is not None or _variable is None:
             scope[UNSAMPLED] = True
             return self._serve(unsampled, scope, receive, send)
         ledger.context = _variable.set(unsampled)
         return self._untraced(scope, receive, send)
 
     async def _serve(self, unsampled: Context, scope: Any, receive: Any, send: Any) -> None:
-        """Serve what is not measured as a request: an excluded path, a WebSocket."""
+        """Serve what is not the measured request itself: an excluded path, a WebSocket, a part of another app's."""
         token = otel_context.attach(unsampled)
         try:
             await self._untraced(scope, receive, send)
