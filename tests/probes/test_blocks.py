@@ -32,7 +32,7 @@ def make_app() -> FastAPI:
 
     @app.get("/wait")
     async def wait() -> None:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.3)
 
     @app.get("/block/{number}")
     async def block(number: int) -> None:
@@ -141,7 +141,7 @@ def test_a_second_asyncio_run_is_measured(measured_app: FastAPI, run: Run) -> No
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             await client.get("/wait")
             await client.get("/block/1")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.3)
 
     with capture_metrics() as metrics:
         for count in (1, 2, 3):

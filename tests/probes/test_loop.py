@@ -15,13 +15,13 @@ import pytest
 from fastapi_headroom import catalog, ledger
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.heartbeat import _milliseconds
-from fastapi_headroom.probes.loop import LoopProbe
+from fastapi_headroom.probes.loop import SETTLED, LoopProbe
 from fastapi_headroom.probes.procfs import ThreadStat
 from fastapi_headroom.probes.pulse import Pulse
 from fastapi_headroom.probes.rest import Rest, selector_of
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
-from tests.probes.loops import DELAY, RUNS, Run, measured, until
+from tests.probes.loops import DELAY, RUNS, Run, measured, total, until
 from tests.support.loop_proofs import rested
 from tests.support.measured import best_of
 
@@ -361,11 +361,30 @@ def test_without_a_loop_there_are_no_series() -> None:
 
     async def main() -> None:
         probe.attach(asyncio.get_running_loop())
-        await asyncio.sleep(0.1)
-        assert writer.value(f"{DELAY}_count", worker="0") > 2
+        await until(lambda: total(writer, f"{DELAY}_count") > 2)
 
     asyncio.run(main())
     probe.close()
+
+
+def test_loops_that_live_for_one_request_are_left_alone() -> None:
+    """Loops that come and go, as those of a test client do, cost no thread each, and have no series."""
+    writer, probe = Writer.in_memory(), LoopProbe(Settings())
+    probe.bind(writer)
+
+    async def live() -> float:
+        began = time.monotonic()
+        probe.attach(asyncio.get_running_loop())
+        await asyncio.sleep(0.005)
+        return time.monotonic() - began
+
+    try:
+        lived = [asyncio.run(live()) for _ in range(10)]
+        if max(lived) < SETTLED:  # else the machine had each wait that long
+            assert "headroom-watchdog" not in {thread.name for thread in threading.enumerate()}
+            assert total(writer, f"{DELAY}_count") == 0
+    finally:
+        probe.close()
 
 
 def test_bound_again_it_writes_to_the_new_store(run: Run) -> None:

@@ -40,6 +40,9 @@ from fastapi_headroom.store.writer import Gauge, Writer
 
 WINDOW: Final = 15.0
 """Seconds that the gauges look back."""
+SETTLED: Final = 0.1
+"""Seconds after which a loop is measured that follows another: those that live for one request, as a test client's do,
+would each pay for a thread."""
 TASKS_SHARE: Final = 0.001
 """Share of the loop's time that counting its tasks may take."""
 
@@ -85,19 +88,25 @@ class LoopProbe:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return
-        self.attach(loop)
+        self._begin(loop)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Measure this loop from its next iteration on, and no other. Safe from any thread; free when it is.
+        """Measure this loop, and no other, once it has run for SETTLED. Safe from any thread; free when it is measured.
 
         A loop that still runs is not left for another: where several threads run loops, the first is measured.
         """
         if loop is self._loop or self._writer is None or (self._loop is not None and self._loop.is_running()):
             return
         self._detach(wait=False)
+        self._begin(loop, SETTLED)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, settled: float = 0.0) -> None:
         self._loop, self._pid = loop, os.getpid()
         # An empty context: the request in which we are called must not live on in the heartbeat.
-        loop.call_soon_threadsafe(self._start, loop, context=Context())
+        if settled:
+            loop.call_soon_threadsafe(loop.call_later, settled, self._start, loop, context=Context())
+        else:
+            loop.call_soon_threadsafe(self._start, loop, context=Context())
 
     @property
     def at_rest(self) -> bool:
@@ -138,8 +147,8 @@ class LoopProbe:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to measure. Runs on the loop."""
         writer = self._writer
-        if writer is None or loop is not self._loop:
-            return  # closed, or another loop was attached meanwhile
+        if writer is None or loop is not self._loop or self._heartbeat is not None:
+            return  # closed, or another loop was attached meanwhile, or this one once more
         try:
             pulse = Pulse(loop)
             delay = writer.histogram(catalog.LOOP_DELAY, writer.worker)
