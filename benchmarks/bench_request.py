@@ -55,14 +55,14 @@ def rows(what: str, table: Table) -> Iterator[Row]:
         ratio, more_than = times(theirs, ours, noise)
         promise = {"budget": 15.0, "least": 4.0} if variant == "instrumentator" else {}
         yield Row(f"{what}: added, and by {peer}", "us", ours, theirs, ratio, more_than, **promise)
-    yield Row(f"{what}: added, as a share of the bare app's request", "%", 100 * ours / bare)
+    yield Row(f"{what}: added, as a share of the bare app's request", "%", 100 * ours / bare, budget=10.0)
     traced, theirs = serving.added(table, TRACED), serving.added(table, TRACED_PEER)
     ratio, more_than = times(theirs, traced, noise)
     yield Row(
         f"{what}: added with tracing at 1 %, and by OpenTelemetry",
         "us", traced, theirs, ratio, more_than, budget=20.0, least=6.0,
     )  # fmt: skip
-    yield Row(f"{what}: the same, as a share", "%", 100 * traced / bare)
+    yield Row(f"{what}: the same, as a share", "%", 100 * traced / bare, budget=20.0)
 
 
 if __name__ == "__main__":
