@@ -7,13 +7,13 @@ all that the app executes for the request, ours included, with FastAPI's own tel
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import serving
 from benchmarks.measuring import Row, main
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def counted(*arguments: str) -> tuple[float, float]:
     """Return how many bytecodes of a request are ours, and how many there are, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.bytecodes", *arguments]
     with tempfile.TemporaryDirectory(prefix="headroom-bench-") as folder:
-        env = {**os.environ, "HEADROOM_DIRECTORY": str(Path(folder) / "store")}
+        env = serving.environment(Path(folder) / "store")
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT, env=env)
     by_file = json.loads(done.stdout)
     everything = by_file.pop("everything")

@@ -40,8 +40,7 @@ def benchmark(quick: bool) -> Iterator[Row]:
             with SyncRedis.from_url(redis.url) as client:
                 client.set("org:7:plan", "pro")
             env = {"BENCH_POSTGRES": postgres.url(), "BENCH_REDIS": redis.url}
-            rounds, turns = (1, 2) if quick else (8, 10)
-            table = serving.take_turns(VARIANTS, ("/order",), rounds=rounds, turns=turns, env=env)["/order"]
+            table = serving.take_turns(VARIANTS, ("/order",), quick=quick, env=env)["/order"]
         finally:
             for running in started:
                 running.stop()

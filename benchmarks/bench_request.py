@@ -33,9 +33,7 @@ PATHS = {"/ping": "/ping", "/items/7": "/items/{id}"}
 def benchmark(quick: bool) -> Iterator[Row]:
     """Yield the rows of both apps and both paths."""
     for routes in (0, 100):
-        tables = serving.take_turns(
-            VARIANTS, tuple(PATHS), routes=routes, rounds=1 if quick else 8, turns=2 if quick else 10
-        )
+        tables = serving.take_turns(VARIANTS, tuple(PATHS), routes=routes, quick=quick)
         for path, table in tables.items():
             yield from rows(PATHS[path] + (f", {routes} further routes" if routes else ""), table)
     bare, ours = serving.idle((BARE, OURS), seconds=1.0 if quick else 5.0)

@@ -98,6 +98,13 @@ class Server:
         return self._connections
 
 
+def environment(store: Path) -> dict[str, str]:
+    """Return the variables of a process that keeps its store there, and has no other setting of this one's."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HEADROOM_", "OTEL_"))}
+    clean.pop("PROMETHEUS_MULTIPROC_DIR", None)  # peers count in one process, where they are fastest
+    return {**clean, "HEADROOM_DIRECTORY": str(store)}
+
+
 @contextlib.contextmanager
 def server(variant: str, *, routes: int = 0, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run a variant on the last CPU, with a store of its own in memory where there is such a file system."""
@@ -107,13 +114,9 @@ def server(variant: str, *, routes: int = 0, env: Mapping[str, str] | None = Non
         tempfile.TemporaryDirectory(prefix="headroom-bench-", dir=memory) as folder,
     ):
         descriptor, store = listener.fileno(), Path(folder) / "store"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HEADROOM_", "OTEL_"))}
-        clean.pop("PROMETHEUS_MULTIPROC_DIR", None)  # peers count in one process, where they are fastest
         command = [sys.executable, "-m", "benchmarks.apps", variant, "--fd", str(descriptor), "--routes", str(routes)]
         running = Server(
-            subprocess.Popen(
-                command, env={**clean, "HEADROOM_DIRECTORY": str(store), **(env or {})}, pass_fds=[descriptor]
-            ),
+            subprocess.Popen(command, env={**environment(store), **(env or {})}, pass_fds=[descriptor]),
             listener.getsockname()[1],
             store,
         )
@@ -129,12 +132,12 @@ def take_turns(
     variants: Sequence[str],
     paths: Sequence[str],
     *,
-    rounds: int,
-    turns: int,
+    quick: bool,
     routes: int = 0,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, Table]:
     """Return, by path and variant, one figure per round of fresh processes: microseconds of CPU per request."""
+    rounds, turns = (1, 2) if quick else (8, 10)
     tables: dict[str, Table] = {path: {variant: [] for variant in variants} for path in paths}
     cpus = os.sched_getaffinity(0)
     for _ in range(rounds):

@@ -38,6 +38,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
+class _ShowVersion(argparse.Action):
+    """Looks the version up when it is asked for: argparse's own action wants it before anything is."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        _version(namespace)
+        parser.exit()
+
+
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
     """Name what a command does not know, and what it knows that is spelled alike."""
     known = re.findall(r"--[a-z-]+", parser.format_help())
@@ -47,9 +55,7 @@ def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headroom", description="How much is left before a FastAPI app falls over.")
-    parser.add_argument(
-        "--version", action="version", version=_version_line(), help="show the version of fastapi-headroom and exit"
-    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version of fastapi-headroom and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     sidecar = commands.add_parser(
@@ -165,12 +171,8 @@ Next: kubectl apply -n NAMESPACE -f {to}
 
 
 def _version(options: argparse.Namespace) -> int:
-    print(_version_line())
+    print(f"fastapi-headroom {metadata.version('fastapi-headroom')}")
     return 0
-
-
-def _version_line() -> str:
-    return f"fastapi-headroom {metadata.version('fastapi-headroom')}"
 
 
 if __name__ == "__main__":

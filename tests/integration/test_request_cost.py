@@ -9,7 +9,7 @@ import pytest
 from benchmarks.bench_bytecodes import counted
 
 MOST, MOST_TRACED = 1050, 1250
-"""Bytecodes of CPython 3.11 for a trivial request, without tracing and with it: a twentieth above what it was."""
+"""Bytecodes of CPython 3.11 for a trivial request, without tracing and with it: a few in a hundred more than it is."""
 
 
 @pytest.mark.parametrize("traced", [(), ("--traced",)], ids=["untraced", "not sampled"])

@@ -380,9 +380,10 @@ def test_loops_that_live_for_one_request_are_left_alone() -> None:
 
     try:
         lived = [asyncio.run(live()) for _ in range(10)]
-        if max(lived) < SETTLED:  # else the machine had each wait that long
-            assert "headroom-watchdog" not in {thread.name for thread in threading.enumerate()}
-            assert total(writer, f"{DELAY}_count") == 0
+        if max(lived) >= SETTLED:
+            pytest.skip("the machine had one of them live for longer")
+        assert "headroom-watchdog" not in {thread.name for thread in threading.enumerate()}
+        assert total(writer, f"{DELAY}_count") == 0
     finally:
         probe.close()
 

@@ -241,17 +241,22 @@ def least_of_three(act: Callable[[], object]) -> float:
     return min(took)
 
 
-def test_a_collector_that_waits_holds_up_nobody(register: Any, snapshot: Snapshot) -> None:
-    """sample(), flush() and close() return at once while a collector waits for a network that does not answer."""
-    counter = register(Counter("t_blocked", "Text."))
-    answer, asked = threading.Event(), threading.Event()
-    waiting = register(Custom(GaugeMetricFamily("t_late", "Text.", value=1)))
+def hanging(register: Any, name: str) -> tuple[threading.Event, threading.Event]:
+    """Register a collector that waits; return what tells that it was asked, and what lets it answer."""
+    asked, answer = threading.Event(), threading.Event()
 
     def wait() -> None:
         asked.set()
         answer.wait(60)
 
-    waiting.before = wait
+    register(Custom(GaugeMetricFamily(name, "Text.", value=1))).before = wait
+    return asked, answer
+
+
+def test_a_collector_that_waits_holds_up_nobody(register: Any, snapshot: Snapshot) -> None:
+    """sample(), flush() and close() return at once while a collector waits for a network that does not answer."""
+    counter = register(Counter("t_blocked", "Text."))
+    asked, answer = hanging(register, "t_late")
     counter.inc()
     snapshot.probe.sample()
     assert asked.wait(30)
@@ -354,14 +359,7 @@ def test_a_collector_that_never_returns_is_named(
     register: Any, snapshot: Snapshot, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Metrics of the app's own that stand still because a collector hangs are no riddle: one line names it."""
-    answer, asked = threading.Event(), threading.Event()
-    waiting = register(Custom(GaugeMetricFamily("t_hung", "Text.", value=1)))
-
-    def wait() -> None:
-        asked.set()
-        answer.wait(60)
-
-    waiting.before = wait
+    asked, answer = hanging(register, "t_hung")
     snapshot.probe.sample()
     assert asked.wait(30)
     snapshot.probe.sample()

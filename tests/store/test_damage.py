@@ -22,6 +22,7 @@ from fastapi_headroom.store.carry import carry_over
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from tests.support.descriptors import store_descriptors
+from tests.support.no_files import a_dangling_link, a_directory, a_pipe
 
 ERRORS = ("headroom_probe_errors_total", (("probe", "request"),))
 WAITS = "db_client_connection_wait_time_seconds"
@@ -78,7 +79,7 @@ def test_a_pipe_with_the_name_of_a_lock_holds_nobody_up(tmp_path: Path) -> None:
     """Reading, /healthz, a sidecar's look and a new worker's go past it; none waits for its other end."""
     writer = write_some(tmp_path)
     for name in ("slot1.lock", "exporter.lock", "sidecar.lock"):
-        os.mkfifo(tmp_path / name)
+        a_pipe(tmp_path / name)
     found: list[object] = []
     within(20, lambda: found.append(Reader(tmp_path).read().values()[ERRORS]))
     within(20, lambda: found.append(slots_alive(tmp_path)))
@@ -89,19 +90,7 @@ def test_a_pipe_with_the_name_of_a_lock_holds_nobody_up(tmp_path: Path) -> None:
     writer.close()
 
 
-def a_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def a_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def a_link(path: Path) -> None:
-    path.symlink_to("/nothing/there")
-
-
-@pytest.mark.parametrize("make", [a_pipe, a_directory, a_link])
+@pytest.mark.parametrize("make", [a_pipe, a_directory, a_dangling_link])
 def test_a_slot_whose_lock_is_no_file_is_passed_over(tmp_path: Path, make: Damage) -> None:
     """The worker takes the next slot, and counts in files."""
     make(tmp_path / "slot0.lock")

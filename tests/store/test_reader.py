@@ -26,6 +26,7 @@ from fastapi_headroom.store import layout
 from fastapi_headroom.store.reader import Family, Reader, Snapshot
 from fastapi_headroom.store.writer import Writer
 from tests.store.workers import Worker
+from tests.support.no_files import a_dangling_link, a_directory, a_pipe
 
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 ERRORS = ("headroom_probe_errors_total", (("probe", "request"),))
@@ -165,18 +166,6 @@ def lying_header(path: Path) -> None:
     with path.open("wb") as file:
         file.write(layout.used_header((1 << 31) - 8))
         file.truncate(1 << 31)
-
-
-def a_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def a_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def a_dangling_link(path: Path) -> None:
-    path.symlink_to("/nothing/there")
 
 
 @pytest.mark.parametrize("damage", [random_bytes, no_json, lying_header, a_pipe, a_directory, a_dangling_link])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -47,46 +47,55 @@ def keep_the_gil(numbers: list[int] = []) -> None:  # noqa: B006 (remembered fro
 async def notices_blocks(count: int, seed: int = 1) -> tuple[int, int]:
     """Block the loop that often for 100 ms, at random moments of the heartbeat.
 
-    A block that is missed is done again if the watchdog was kept from a CPU meanwhile, up to a ninth of them.
     Return how many blocks were followed by one that was counted, and how many more were blamed on code.
     """
     moments = random.Random(seed)
     async with measured() as (writer, probe):
-        noticed = repeated = number = 0
-        while number < count:
+
+        async def wait(_: int) -> None:
             await asyncio.sleep(0.02 + moments.random() * 0.03)
-            seen, robbed = await _is_noticed(writer, probe, (sleep, compute, keep_the_gil)[number % 3])
-            if not seen and robbed and repeated < count / 9:
-                repeated += 1
-                continue
-            noticed += seen
-            number += 1
-        print(f"{repeated} of {count} done again")
+
+        noticed = await _noticed(writer, probe, count, wait)
         return noticed, max(0, int(blamed(writer)) - count)
 
 
 async def notices_blocks_at_rest(count: int, seed: int = 1) -> tuple[int, int]:
     """Block a loop whose heartbeat rests that often for 100 ms, at random moments between two looks.
 
-    A timer, another thread and a socket set it off in turn. A block that is missed is done again as above.
+    A timer, another thread and a socket set it off in turn.
     Return how many blocks were followed by one that was counted, and how often code was blamed when none held the loop.
     """
     moments = random.Random(seed)
-    noticed = invented = number = repeated = 0
+    invented = 0
     async with measured() as (writer, probe):
-        while number < count:
+
+        async def wait(number: int) -> None:
+            nonlocal invented
             await rested(probe)
             before = blamed(writer)
             await (by_timer, by_thread, by_socket)[number // 3 % 3](moments.random() * 0.1)
             invented += blamed(writer) > before
-            seen, robbed = await _is_noticed(writer, probe, (sleep, compute, keep_the_gil)[number % 3])
-            if not seen and robbed and repeated < count / 9:
-                repeated += 1
-                continue
-            noticed += seen
-            number += 1
-    print(f"{repeated} of {count} done again")
+
+        noticed = await _noticed(writer, probe, count, wait)
     return noticed, invented
+
+
+async def _noticed(writer: Writer, probe: LoopProbe, count: int, wait: Callable[[int], Awaitable[None]]) -> int:
+    """Block the loop that often, each time after ``wait``; return how many blocks were counted.
+
+    One that is missed is done again if the watchdog was kept from a CPU meanwhile, up to a ninth of them.
+    """
+    noticed = repeated = number = 0
+    while number < count:
+        await wait(number)
+        seen, robbed = await _is_noticed(writer, probe, (sleep, compute, keep_the_gil)[number % 3])
+        if not seen and robbed and repeated < count / 9:
+            repeated += 1
+            continue
+        noticed += seen
+        number += 1
+    print(f"{repeated} of {count} done again")
+    return noticed
 
 
 async def _is_noticed(writer: Writer, probe: LoopProbe, block: Callable[[], None]) -> tuple[bool, bool]:
