@@ -60,7 +60,9 @@ def truth(loop: str, *options: str, **env: str) -> Iterator[Truth]:
     port = free_port()
     app = "tests.support.truth_app:app"
     with serve("uvicorn", app, env={"HEADROOM_PORT": str(port), **env}, options=("--loop", loop, *options)) as server:
-        yield Truth(server, f"http://127.0.0.1:{port}")
+        exporter = f"http://127.0.0.1:{port}"
+        scrape_until(exporter, lambda seen: True)  # it is elected a moment after the app answers
+        yield Truth(server, exporter)
 
 
 @pytest.fixture(scope="module")
