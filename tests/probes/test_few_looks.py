@@ -12,6 +12,7 @@ import pytest
 
 from fastapi_headroom.probes.base import Guard
 from fastapi_headroom.probes.blocks import Block
+from fastapi_headroom.probes.procfs import ThreadStat
 from fastapi_headroom.probes.pulse import Beat, Ended, Pulse
 from fastapi_headroom.probes.vigil import _depth_below_task
 from fastapi_headroom.probes.watchdog import Watchdog
@@ -82,6 +83,22 @@ async def test_step_that_may_have_been_a_block_is_counted_though_another_followe
         end(watching.pulse)
         look(watching)
     assert [block.cause for block in told.blocks] == ["starved"]
+
+
+async def test_gil_that_is_kept_in_the_middle_of_a_look_is_the_blocks_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look gives the GIL away when it asks the kernel; what keeps it until the block is over is not starved."""
+    told = Told()
+    with watchdog(told) as watching:
+
+        def system_call(_: ThreadStat) -> str:
+            time.sleep(0.1)  # as a call in C has it, that keeps the GIL
+            end(watching.pulse)
+            return "running"
+
+        monkeypatch.setattr(ThreadStat, "system_call", system_call)
+        look(watching)
+    assert len(told.blocks) == 1
+    assert told.blocks[0].cause != "starved"
 
 
 async def test_short_steps_are_no_block() -> None:

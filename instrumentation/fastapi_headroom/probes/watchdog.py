@@ -223,6 +223,8 @@ class Watchdog(threading.Thread):
         over = pulse.ended[0].beat if pulse.ended else None
         same = look is not None and self._held is not None and self._held.is_found_by(look, marker, cpu)
         kept = self._explain(waited) if suspect or waited >= SHORT_WAIT else 0.0
+        if looked - found >= self._long_turn:
+            self._explain(looked - found)  # the question gave the GIL away, and what was found kept it
         if over is beat and self._held is not None and self._beat is beat and not same:
             look = None  # what it found came after the block, as far as anybody can tell
         if look is not None and beat is not self._finished and (over is beat or (suspect and over is None)):
