@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -44,9 +45,9 @@ def watchdog(told: Told) -> Iterator[Watchdog]:
     pulse.close()
 
 
-def look(watchdog: Watchdog) -> None:
+def look(watchdog: Watchdog, waited: float = 0.0) -> None:
     """Have it look from another thread, while the step that calls this holds the loop."""
-    looking = threading.Thread(target=lambda: watchdog._look(time.monotonic(), 0.0, suspect=True))
+    looking = threading.Thread(target=lambda: watchdog._look(time.monotonic(), waited, suspect=True))
     looking.start()
     looking.join()
 
@@ -99,6 +100,56 @@ async def test_gil_that_is_kept_in_the_middle_of_a_look_is_the_blocks_doing(monk
         look(watching)
     assert len(told.blocks) == 1
     assert told.blocks[0].cause != "starved"
+
+
+@pytest.mark.parametrize("first", ["after it", "in the next step"])
+async def test_collection_is_blamed_on_the_code_that_it_ran_in(first: str) -> None:
+    """The collector keeps the GIL, and whoever gets it next may not be the watchdog: its code is known all the same."""
+    told = Told()
+    knots: list[list[object]] = [[] for _ in range(4_000_000)]
+    with watchdog(told) as watching:
+        began = time.monotonic()
+        collect_all()
+        took = time.monotonic() - began
+        await another_step()
+        if first == "in the next step":
+            look(watching, waited=took)
+            await another_step()
+        else:
+            watching._late = took
+        end(watching.pulse)
+        look(watching)
+    del knots
+    assert took >= THRESHOLD, "the collection is no block"
+    assert [(block.site.split(":")[-2], block.cause) for block in told.blocks] == [("collect_all", "gc")]
+
+
+async def test_finalizer_that_takes_the_collections_time_is_blamed() -> None:
+    """The collector let go of the GIL for it, so looks found what it called, one after the other."""
+    told = Told()
+    with watchdog(told) as watching:
+        Slow(watching)
+        gc.collect()
+        await another_step()
+        end(watching.pulse)
+        look(watching)
+    assert [(block.site.split(":")[-2], block.cause) for block in told.blocks] == [("look", "gc")]
+
+
+class Slow:
+    """Garbage that only the collector finds."""
+
+    def __init__(self, watching: Watchdog) -> None:
+        self.itself, self.watching = self, watching
+
+    def __del__(self) -> None:
+        for _ in range(5):
+            look(self.watching)
+            time.sleep(0.05)
+
+
+def collect_all() -> None:
+    gc.collect()
 
 
 async def test_short_steps_are_no_block() -> None:

@@ -23,7 +23,7 @@ from fastapi_headroom.probes.blame import (
 from fastapi_headroom.probes.blocks import Block, in_flight
 from fastapi_headroom.probes.held import Held
 from fastapi_headroom.probes.lack import Lack
-from fastapi_headroom.probes.pulse import Beat, Clocks
+from fastapi_headroom.probes.pulse import Beat, Clocks, Pulse
 
 MOST_THREADS: Final = 64
 """Threads whose CPU time is looked at."""
@@ -32,8 +32,9 @@ MOST_THREADS: Final = 64
 class Judge:
     """Makes blocks of steps. ``threshold`` is in seconds."""
 
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
+    def __init__(self, threshold: float, pulse: Pulse | None = None) -> None:
+        """``pulse`` is that of the loop, and knows for which code the garbage collector ran."""
+        self._threshold, self._pulse = threshold, pulse
         self.elsewhere: dict[int, Sample] = {}
         """What the other threads did when the loop was found late: one of them may keep the GIL."""
         self._threads = self._threads_before = _cpu_of_threads()  # what they had before is nobody's fault
@@ -63,6 +64,10 @@ class Judge:
         elif cause != "starved":
             site = most_common(samples)
             sample = next((s for s in reversed(samples) if s.site == site), None)
+        if cause == "gc" and (site == UNKNOWN or evidence.watchdog_late >= evidence.wall / 2):
+            # The collector itself took the time, and no look came until a finalizer ran, or all was over.
+            sample = self._collecting(held.earliest, after.at) or sample
+            site = UNKNOWN if sample is None else sample.site
         return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
 
     def unseen(self, beat: Beat, after: Clocks, step: tuple[float, Ledger], sample: Sample | None) -> Block | None:
@@ -88,9 +93,17 @@ class Judge:
             collecting=after.collecting - before.collecting,
             waits_for_lock=None,
         )
+        cause = cause_of(evidence, ())
+        if cause == "gc":
+            sample = self._collecting(began, after.at) or sample
         # What it called has returned; for whom it was called is still on the stack.
         site = (endpoint_of(outwards(sys._getframe())) or UNKNOWN) if sample is None else sample.site
-        return Block(began, after.at, site, cause_of(evidence, ()), sample, in_flight(), starved, request)
+        return Block(began, after.at, site, cause, sample, in_flight(), starved, request)
+
+    def _collecting(self, began: float, ended: float) -> Sample | None:
+        """Return the code for which the garbage collector ran between two moments."""
+        last = None if self._pulse is None else self._pulse.collection
+        return last.sample if last is not None and began <= last.began <= ended else None
 
     def _find_culprit(self, held: Held, least: float) -> Sample | None:
         """Return what used most CPU since all were looked at, in one thread or several; at least ``least`` seconds."""

@@ -13,11 +13,14 @@ from types import FrameType
 from typing import Any, Final, NamedTuple
 
 from fastapi_headroom.probes import procfs
+from fastapi_headroom.probes.blame import Sample, look_at
 
 MOST_ENDED: Final = 1000
 """Blocks that wait to be accounted for; the watchdog comes by every few milliseconds."""
 READY_INTERVAL: Final = 0.1
 """Seconds between two looks at the time without a CPU, while the loop is free: reading it is dearer than the rest."""
+OLDEST: Final = 2
+"""The generation of objects whose collection may take long: it looks at all that there are."""
 
 
 def _gil_enabled() -> bool:
@@ -72,6 +75,15 @@ class Ended(NamedTuple):
     clocks: Clocks
 
 
+class Collection(NamedTuple):
+    """A run of the garbage collector on the loop's thread over all objects."""
+
+    began: float
+    """``time.monotonic``."""
+    sample: Sample
+    """The code that it ran in."""
+
+
 class Pulse:
     """Written on the loop's thread, read on the watchdog's: every attribute is replaced in one go."""
 
@@ -95,6 +107,8 @@ class Pulse:
         """That of the loop's thread, for ``time.clock_gettime``; None where there is none."""
         self._greenlet: Any = None
         self.find_greenlet()
+        self.collection: Collection | None = None
+        """The last one."""
         self._collection_began = self._collected = 0.0
         self._callback = self._on_collection
         gc.callbacks.append(self._callback)
@@ -153,6 +167,16 @@ class Pulse:
             return
         if phase == "start":
             self._collection_began = time.monotonic()
+            if info["generation"] == OLDEST:
+                self._remember_collection(sys._getframe(1))
         elif self._collection_began:
             self._collected += time.monotonic() - self._collection_began
             self._collection_began = 0.0
+
+    def _remember_collection(self, frame: FrameType) -> None:
+        """The collector keeps the GIL: when the watchdog can look, it may be over, or run somebody's finalizer."""
+        try:
+            sample = look_at(frame, self.depth, 0.0, self.outer_frame()).sample
+        except RecursionError:
+            return  # it may have come at the very limit of the user's code
+        self.collection = Collection(self._collection_began, sample)

@@ -67,7 +67,7 @@ class Watchdog(threading.Thread):
         self._tick = min(max(threshold / 5, 0.004), 0.02)
         self._suspicious = threshold / 4
         self._long_turn = min(LONG_TURN, threshold / 2)
-        self._judge = Judge(threshold)
+        self._judge = Judge(threshold, pulse)
         self._rest = Rest(pulse, threshold) if rest is None else rest
         self._on_file_call, self._file_calls = on_file_call, FileCalls()
         self._stopped = self._closes = False
