@@ -48,6 +48,21 @@ async def measured(**settings: Any) -> AsyncIterator[tuple[Writer, LoopProbe]]:
         gc.enable()
 
 
+def objects_that_take(seconds: float) -> list[list[Any]]:
+    """Return as many objects as make a collection of all take that long."""
+    gc.disable()
+    try:
+        objects: list[list[Any]] = []
+        while True:
+            objects += [[] for _ in range(1_500_000)]
+            began = time.monotonic()
+            gc.collect()
+            if time.monotonic() - began >= seconds:
+                return objects
+    finally:
+        gc.enable()
+
+
 async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     """Wait for a condition, without holding the loop."""
     deadline = time.monotonic() + seconds

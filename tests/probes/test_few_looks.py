@@ -17,6 +17,7 @@ from fastapi_headroom.probes.procfs import ThreadStat
 from fastapi_headroom.probes.pulse import Beat, Ended, Pulse
 from fastapi_headroom.probes.vigil import _depth_below_task
 from fastapi_headroom.probes.watchdog import Watchdog
+from tests.probes.loops import objects_that_take
 
 THRESHOLD = 0.1
 
@@ -106,7 +107,7 @@ async def test_gil_that_is_kept_in_the_middle_of_a_look_is_the_blocks_doing(monk
 async def test_collection_is_blamed_on_the_code_that_it_ran_in(first: str) -> None:
     """The collector keeps the GIL, and whoever gets it next may not be the watchdog: its code is known all the same."""
     told = Told()
-    knots: list[list[object]] = [[] for _ in range(4_000_000)]
+    knots = objects_that_take(2 * THRESHOLD)
     with watchdog(told) as watching:
         began = time.monotonic()
         collect_all()
@@ -120,7 +121,6 @@ async def test_collection_is_blamed_on_the_code_that_it_ran_in(first: str) -> No
         end(watching.pulse)
         look(watching)
     del knots
-    assert took >= THRESHOLD, "the collection is no block"
     assert [(block.site.split(":")[-2], block.cause) for block in told.blocks] == [("collect_all", "gc")]
 
 

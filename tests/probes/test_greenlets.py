@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.blocks import Block
-from tests.probes.loops import BLOCKS, RUNS, Run, measured, total, undisturbed, until
+from tests.probes.loops import BLOCKS, RUNS, Run, measured, objects_that_take, total, undisturbed, until
 
 pytestmark = pytest.mark.alone
 
@@ -94,7 +94,7 @@ async def run_a_slow_listener(session: AsyncSession) -> None:
 )
 def test_block_in_a_greenlet(run: Run, fault: Fault, site: str, cause: str) -> None:
     """The site is the deepest frame of the user's code, be it in the greenlet or in the coroutine that waits for it."""
-    knots: list[list[Any]] = [[] for _ in range(1_500_000 if cause == "gc" else 0)]
+    knots = objects_that_take(0.2) if cause == "gc" else []
 
     async def main() -> None:
         async with a_session() as session:

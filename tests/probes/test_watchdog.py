@@ -21,7 +21,18 @@ import pytest
 from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes import blocks
-from tests.probes.loops import BLOCKED, BLOCKS, RUNS, Run, measured, total, undisturbed, until, verdicts
+from tests.probes.loops import (
+    BLOCKED,
+    BLOCKS,
+    RUNS,
+    Run,
+    measured,
+    objects_that_take,
+    total,
+    undisturbed,
+    until,
+    verdicts,
+)
 from tests.support import loop_proofs
 
 pytestmark = pytest.mark.alone
@@ -78,11 +89,6 @@ async def hash_a_password() -> None:
     hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 800_000)
 
 
-class Knot:
-    def __init__(self) -> None:
-        self.me = self
-
-
 async def collect_garbage() -> None:
     gc.collect()
 
@@ -119,11 +125,9 @@ def test_call_that_releases_the_gil_is_native(run: Run) -> None:
 
 def test_garbage_collection_is_gc(run: Run) -> None:
     """A collection that holds the loop is gc."""
-    knots = [Knot() for _ in range(800_000)]
-    try:
-        *_, cause, seconds = only(undisturbed(run, collect_garbage))
-    finally:
-        knots.clear()
+    objects = objects_that_take(0.2)
+    *_, cause, seconds = only(undisturbed(run, collect_garbage))
+    del objects
     assert cause == "gc"
     assert seconds > 0.08
 
