@@ -167,8 +167,9 @@ class Pulse:
             return
         if phase == "start":
             self._collection_began = time.monotonic()
-            if info["generation"] == OLDEST:
-                self._remember_collection(sys._getframe(1))
+            frame = sys._getframe().f_back  # None while the interpreter ends
+            if frame is not None and info["generation"] == OLDEST:
+                self._remember_collection(frame)
         elif self._collection_began:
             self._collected += time.monotonic() - self._collection_began
             self._collection_began = 0.0
