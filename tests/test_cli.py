@@ -70,7 +70,7 @@ def test_a_value_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[s
         (["pack", "export"], "required: --to"),
         (["sidecar", "--prot", "1"], "did you mean --port?"),
         (["pack", "export", "--to", "x", "--grafana", "y", "z"], "unknown: z"),
-        (["pack", "export", "--to", "x", "--format", "helm"], "'files', 'kubernetes'"),
+        (["pack", "export", "--to", "x", "--format", "helm"], "files, kubernetes"),
     ],
 )
 def test_a_wrong_command_line_shows_the_usage(
@@ -85,7 +85,7 @@ def test_a_wrong_command_line_shows_the_usage(
         " ".join(["usage: headroom", *(word for word in arguments[:2] if word in ("sidecar", "pack", "export"))])
         in error
     )
-    assert says in error
+    assert says in error.replace("'", "")  # around each choice, or not, as the release of Python likes
 
 
 def test_pack_export_prints_what_it_wrote_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
