@@ -24,17 +24,18 @@ ARROWS: dict[str, set[str]] = {
     "own_io": set(),
     "holds": set(),
     "sockets": set(),
+    "urls": set(),
     "driver": {"ledger", "holds", "sockets"},
     "store": {"catalog", "errors", "own_io"},
     "tracing": {"settings", "ledger", "errors"},
     "probes": {
         "catalog", "errors", "settings", "thresholds", "ledger", "driver", "holds", "sockets", "tracing",
-        "store.writer", "store.claims", "advice", "own_io",
+        "store.writer", "store.claims", "advice", "own_io", "urls",
     },
     "advice": {"catalog", "thresholds"},
     "exporter": {
         "catalog", "thresholds", "errors", "settings", "advice", "store.reader", "store.exemplars", "store.slot",
-        "store.layout",
+        "store.layout", "urls",
         "probes.queue_adapters", "probes.key_pattern", "probes.key_learning",
     },
     "pack": {"catalog", "thresholds", "errors"},
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"settings", "errors", "exporter", "pack"},
     "__init__": {"wiring", "probes.cache", "probes.pool_autosize"},
 }  # fmt: skip
-STANDARD_LIBRARY_ONLY = {"apps", "own_io", "ledger", "driver", "holds", "sockets"}
+STANDARD_LIBRARY_ONLY = {"apps", "own_io", "ledger", "driver", "holds", "sockets", "urls"}
 NEVER = {
     "exporter": {"fastapi", "starlette", "sqlalchemy"},
     "advice": {"fastapi"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Final
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlunsplit
 
 from fastapi_headroom import catalog
 from fastapi_headroom.errors import SettingsError
@@ -18,6 +18,7 @@ from fastapi_headroom.probes.queue_adapters import Poller, Sample
 from fastapi_headroom.probes.queue_adapters.redis_link import PORT, Command, RedisLink
 from fastapi_headroom.probes.queue_adapters.redis_sentinel import sentinels_of
 from fastapi_headroom.probes.queue_adapters.url import QueueURL
+from fastapi_headroom.urls import scheme_of, split
 
 EXAMPLE: Final = "redis://host:6379/0?name=main&sample=20"
 SECTIONS: Final = ("server", "clients", "memory", "stats", "keyspace")
@@ -99,7 +100,7 @@ def cache_poller_for(url: str) -> Poller:
     Raises SettingsError for a URL that cannot be used and MissingExtraError when the client library is not
     installed. Does not connect yet.
     """
-    scheme = urlsplit(url).scheme
+    scheme = scheme_of(url)
     if (make := _BY_SCHEME.get(scheme)) is None:
         # The scheme alone is shown: the rest of the URL may hold a password.
         raise SettingsError(
@@ -115,7 +116,7 @@ def _parse(url: str) -> QueueURL:
     The default is the name that the app's clients get by themselves.
     """
     try:
-        parts = urlsplit(url)
+        parts = split(url)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         sentinels, place = sentinels_of(parts, given)
         host = sentinels.service if sentinels else f"{parts.hostname or 'localhost'}:{parts.port or PORT}"

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote
 
 from fastapi_headroom.errors import HeadroomError, MissingExtraError
 from fastapi_headroom.probes.queue_adapters import Poller, Sample, poller_for
+from fastapi_headroom.urls import split
 
 log = logging.getLogger("fastapi_headroom")
 
@@ -130,7 +131,7 @@ def up(polled: Sequence[PolledQueue]) -> dict[str, bool]:
 def public(url: str) -> str:
     """Return a URL without user, password, path parameters and query: fit for a log. There may be several hosts."""
     try:
-        parts = urlsplit(url)
+        parts = split(url)
         hosts = ",".join(_host(text) for text in parts.netloc.rpartition("@")[2].split(","))
     except ValueError:
         return "(a URL that cannot be parsed)"
@@ -146,7 +147,7 @@ def _host(text: str) -> str:
 
 def _without_credentials(text: str, url: str) -> str:
     try:
-        parts = urlsplit(url)
+        parts = split(url)
         secrets = [parts.netloc.rpartition("@")[0], parts.password or "", unquote(parts.password or "")]
         secrets += [value for name, value in parse_qsl(parts.query) if name.endswith("password")]
     except ValueError:

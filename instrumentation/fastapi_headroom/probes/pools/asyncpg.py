@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from types import FrameType
 from typing import Any, ClassVar, Final
-from urllib.parse import urlsplit
 
 from fastapi_headroom import ledger
 from fastapi_headroom.probes.patches import Patches
 from fastapi_headroom.probes.pools.meter import Meters, address
 from fastapi_headroom.probes.pools.series import Reading
 from fastapi_headroom.probes.pools.timing import Creation, waiting
+from fastapi_headroom.urls import split
 
 _WAITS_IN_PLACE: Final = sys.version_info >= (3, 12)
 """Before Python 3.12 a checkout with a time-out runs in a task of its own: somebody else may be faster."""
@@ -49,7 +49,7 @@ class AsyncpgPools:
         """Return ``asyncpg:database@host:port``."""
         arguments = pool._connect_kwargs
         dsn = pool._connect_args[0] if pool._connect_args else None
-        parts = urlsplit(dsn or "")
+        parts = split(dsn or "")
         host, _, port = parts.netloc.rpartition("@")[2].partition(",")[0].partition(":")
         database = arguments.get("database") or parts.path.lstrip("/") or arguments.get("user") or parts.username
         return address("asyncpg", database, arguments.get("host") or host, arguments.get("port") or port)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import Final, Protocol, cast
-from urllib.parse import urlsplit
 
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue_adapters.base import Poller, Sample
+from fastapi_headroom.urls import scheme_of
 
 __all__ = ["Poller", "Sample", "poller_for"]
 
@@ -48,7 +48,7 @@ def poller_for(url: str) -> Poller:
     Raises SettingsError for a URL that cannot be used and MissingExtraError when the broker's client
     library is not installed. Does not connect yet.
     """
-    scheme = urlsplit(url).scheme
+    scheme = scheme_of(url)
     if (found := _BY_SCHEME.get(scheme)) is None:
         # The scheme alone is shown: the rest of the URL may hold a password.
         raise SettingsError(

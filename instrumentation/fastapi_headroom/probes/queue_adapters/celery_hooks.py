@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from celery import signals
@@ -32,6 +31,7 @@ from fastapi_headroom.probes.queue_adapters.publishing import Publication, Publi
 from fastapi_headroom.probes.queue_adapters.times import parse_time
 from fastapi_headroom.store.writer import Histogram, Writer
 from fastapi_headroom.tracing import jobs, spans
+from fastapi_headroom.urls import scheme_of
 
 _UID = "fastapi-headroom"
 _STARTED_AT = "headroom_started_at"
@@ -200,7 +200,7 @@ class CeleryHooks:
         system = self._systems.get(app)
         if system is None:
             url = str(app.conf.broker_write_url or app.conf.broker_url or "")
-            scheme = urlsplit(url).scheme
+            scheme = scheme_of(url)
             system = self._systems[app] = _SYSTEMS.get(scheme, scheme)
         return system
 

@@ -8,11 +8,12 @@ Errors show no part of a URL but its scheme and the names of its parameters: the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlunsplit
 
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.probes.queue_adapters import redis_sentinel
 from fastapi_headroom.probes.queue_adapters.redis_sentinel import Sentinels, sentinels_of
+from fastapi_headroom.urls import split
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def parse(url: str, example: str, port: int, parameters: tuple[str, ...] = ()) -
     host or port that cannot be used.
     """
     try:
-        parts = urlsplit(url)
+        parts = split(url)
     except ValueError:  # its text may hold a part of the password
         raise unusable(example) from None
     kind, _, scheme = parts.scheme.partition("+")
