@@ -231,8 +231,12 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def depth_of(frame: FrameType | None) -> int:
-    """Return the number of frames from this one to the thread's first."""
-    return sum(1 for _ in outwards(frame))
+    """Return the number of frames from this one to the thread's first, below what a loop runs.
+
+    From Python 3.14 on asyncio has one frame more below a callback that came from another thread, which is left out:
+    below all others it is not.
+    """
+    return sum(found.f_code.co_qualname != "_ThreadSafeHandle._run" for found in outwards(frame))
 
 
 def _name(frame: FrameType) -> str:

@@ -49,8 +49,10 @@ class Vigil:
         _keeping.append(self)
         _wrap_loops()
         own = asyncio._get_running_loop()
+        if own is not None:  # the collector does not know it after a gc.freeze()
+            self.watch(own, here=True)
         for loop in _running_loops():
-            self.watch(loop, here=loop is own)
+            self.watch(loop)
 
     def stop(self) -> list[Block]:
         """Watch no longer. Return the blocks that lasted for the threshold, time without a CPU left out.
