@@ -16,6 +16,7 @@ from fastapi_headroom.driver import Driven
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes.blocks import Block
 from tests.probes.loops import BLOCKS, RUNS, Run, measured, objects_that_take, total, undisturbed, until
+from tests.support.measured import best_of
 
 pytestmark = pytest.mark.alone
 
@@ -107,15 +108,21 @@ def test_block_in_a_greenlet(run: Run, fault: Fault, site: str, cause: str) -> N
 
 
 def test_slow_result_processor(run: Run) -> None:
-    """A large JSON column is decoded in C in the greenlet, with the GIL kept: native, at the coroutine that read it."""
+    """A large JSON column is decoded in C in the greenlet, with the GIL kept: native, at the coroutine that read it.
+
+    Or at nobody, when the driver's thread is given the GIL first: it waits for it, too.
+    """
 
     async def main() -> None:
         async with a_session(rows=250_000) as session:
             await read_a_large_document(session)
 
-    found = undisturbed(run, main)
-    named = {name.split(":")[1]: why for (name, why) in found if name.startswith(HERE)}
-    assert named.get("read_a_large_document") == "native", found
+    def blamed() -> dict[str, str]:
+        found = undisturbed(run, main)
+        return {name.rpartition(":")[0]: cause for (name, cause), seconds in found.items() if seconds > 0.05}
+
+    read = f"{HERE}:read_a_large_document"
+    assert best_of(blamed, lambda found: read in found)[read] == "native"
 
 
 def test_route_of_a_block_in_a_greenlet(run: Run) -> None:

@@ -17,6 +17,7 @@ from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.runtime import RuntimeProbe
 from fastapi_headroom.settings import Settings
 from fastapi_headroom.store.writer import Writer
+from tests.support.measured import best_of
 
 
 @pytest.fixture
@@ -58,12 +59,17 @@ def test_cpu_counts_what_was_used(bound: tuple[Writer, RuntimeProbe]) -> None:
 def test_descriptors(bound: tuple[Writer, RuntimeProbe]) -> None:
     """Ten more open files are ten more descriptors, of as many as the system allows."""
     writer, probe = bound
-    before = writer.value("process_open_fds", worker="0")
-    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(10)]
-    probe.sample()
-    for descriptor in opened:
-        os.close(descriptor)
-    assert writer.value("process_open_fds", worker="0") - before == 10
+
+    def grown() -> float:
+        probe.sample()
+        before = writer.value("process_open_fds", worker="0")
+        opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(10)]
+        probe.sample()
+        for descriptor in opened:
+            os.close(descriptor)
+        return writer.value("process_open_fds", worker="0") - before
+
+    assert best_of(grown, lambda found: found == 10) == 10  # another test's may be given back meanwhile
     assert writer.value("process_max_fds", worker="0") == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
