@@ -215,7 +215,7 @@ class RequestProbe:
                     if not ledger.finished:
                         ledger.charge_step(now)
                     if now - ledger.started >= SHORT:
-                        note_step(ledger.started, now)
+                        note_step(ledger.started, now, ledger)
                 if awaited is not _RETURNED:
                     return await Begun(served, ledger, awaited)
             except BaseException as error:
@@ -223,6 +223,7 @@ class RequestProbe:
                 raise
             finally:
                 if (context := ledger.context) is not None:
+                    ledger.context = None  # it holds all that the request's context does, and ledgers may be kept
                     try:
                         context.var.reset(context)
                     except ValueError:
