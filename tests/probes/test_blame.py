@@ -92,6 +92,16 @@ def test_frames_that_run_the_loop_are_not_to_blame() -> None:
     assert len(look_at(frame, depth_of(frame) - 2).sample.stack) == 2
 
 
+class _ThreadSafeHandle:
+    def _run(self) -> int:
+        return depth_of(sys._getframe())
+
+
+def test_frame_that_not_all_callbacks_have_is_none_below_them() -> None:
+    """From Python 3.14 on asyncio runs what another thread asked for by one frame more than all else."""
+    assert _ThreadSafeHandle()._run() == depth_of(sys._getframe())
+
+
 @pytest.mark.parametrize(
     ("filename", "owner"),
     [
