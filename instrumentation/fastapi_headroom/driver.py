@@ -102,7 +102,7 @@ class Driven(Coroutine[Any, Any, Any]):
                 if elapsed > ledger.longest_step:
                     ledger.longest_step = elapsed
             if elapsed >= SHORT:
-                note_step(started, now)
+                note_step(started, now, ledger)
 
     def send(self, value: Any) -> Any:
         """Run one step."""
@@ -134,7 +134,7 @@ class Driven(Coroutine[Any, Any, Any]):
             if not ledger.finished:
                 ledger.charge_step(ended)
             if ended - now >= SHORT:
-                note_step(now, ended)
+                note_step(now, ended, ledger)
 
     def _step_after(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """Run a step of what goes on when the request has finished."""
@@ -147,7 +147,7 @@ class Driven(Coroutine[Any, Any, Any]):
             ledger.stepping = False
             ended = perf_counter()
             if ended - started >= SHORT:
-                note_step(started, ended)
+                note_step(started, ended, ledger)
 
 
 def _seen(name: str) -> property:

@@ -20,7 +20,7 @@ from asyncio.events import _get_running_loop
 from collections import deque
 from contextvars import Context
 from time import perf_counter
-from typing import Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 LONG: Final = 0.005
@@ -32,15 +32,26 @@ PAUSE: Final = 0.001
 ITERATIONS: Final = 3
 LINGER: Final = 0.05
 """Seconds after a hold in which a new connection that came during it may still be on its way to the app."""
+MEMORABLE: Final = 0.02
+"""Seconds from which on it is remembered whose step it was that held the loop."""
+MOST_REMEMBERED: Final = 8
 
 until = 0.0
 """Up to when a request that starts may have lain in its socket while a loop of this process was held."""
 
 
+class Step(NamedTuple):
+    """A step that held the loop for MEMORABLE or more: from when to when, and the ledger of its request."""
+
+    began: float
+    ended: float
+    request: Any
+
+
 class LoopHolds:
     """The holds of one loop. All methods are called on its thread."""
 
-    __slots__ = ("_context", "_quiet", "_ticks", "armed", "began", "earliest", "ended")
+    __slots__ = ("_context", "_quiet", "_ticks", "armed", "began", "earliest", "ended", "steps")
 
     def __init__(self) -> None:
         self.armed = False
@@ -50,6 +61,8 @@ class LoopHolds:
         self.earliest = 0.0
         """The loop was idle before: no data that came earlier had to wait. Reaches over pauses up to LINGER."""
         self.ended = 0.0
+        self.steps: deque[Step] = deque(maxlen=MOST_REMEMBERED)
+        """The latest long ones of requests. Read on any thread."""
         self._ticks: deque[float] = deque(maxlen=ITERATIONS + 1)
         self._quiet = 0
         self._context = Context()  # the request in which we are called must not live on in the marker
@@ -120,12 +133,21 @@ def of_running_loop() -> LoopHolds | None:
     return None if loop is None else _loops.get(loop)
 
 
-def note_step(start: float, end: float) -> None:
-    """Take note of a step of SHORT or more on the running loop. Never raises."""
+def steps_of(loop: AbstractEventLoop) -> tuple[Step, ...]:
+    """Return the latest long steps of requests on a loop, oldest first. Safe from any thread."""
+    holds = _loops.get(loop)
+    return () if holds is None else tuple(holds.steps)
+
+
+def note_step(start: float, end: float, request: Any = None) -> None:
+    """Take note of a step of SHORT or more on the running loop, and of the ledger of its request. Never raises."""
     try:
         loop = _get_running_loop()
         if loop is not None:
-            _of(loop).step(loop, start, end)
+            holds = _of(loop)
+            holds.step(loop, start, end)
+            if request is not None and end - start >= MEMORABLE:
+                holds.steps.append(Step(start, end, request))
     except Exception:  # the app's own step has just ended well, or with an error of its own
         pass
 

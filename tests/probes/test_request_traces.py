@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import json
 import math
 import os
 import threading
+import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +28,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, ParentBasedTraceIdRati
 from opentelemetry.trace import SpanKind
 from starlette.testclient import TestClient
 
+from fastapi_headroom.holds import MEMORABLE, steps_of
 from fastapi_headroom.ledger import SCOPE_KEY, current
 from fastapi_headroom.settings import load
 from fastapi_headroom.tracing import gate
@@ -470,3 +474,31 @@ def test_the_share_of_sampled_requests_is_the_ratio(ratio: float) -> None:
     deviation = math.sqrt(total * ratio * (1 - ratio))
     assert abs(sum(sampled for sampled, _ in drawn) - total * ratio) < 6 * deviation
     provider.shutdown()
+
+
+def test_a_request_that_is_remembered_keeps_nothing_of_its_context(site: Callable[..., Site]) -> None:
+    """The steps that held the loop name their request; what the app left in its context is given back all the same."""
+    app = FastAPI()
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
+    large: list[weakref.ref[Any]] = []
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    class Large:
+        pass
+
+    @app.get("/")
+    async def hold() -> None:
+        thing = Large()
+        large.append(weakref.ref(thing))
+        variable.set(thing)
+        loops.append(asyncio.get_running_loop())
+        began = time.thread_time()
+        while time.thread_time() - began < 2 * MEMORABLE:
+            pass
+
+    with TestClient(site(0.0).put(app)) as client:
+        assert client.get("/").status_code == 200
+        (step,) = steps_of(loops[0])
+        gc.collect()
+        assert large[0]() is None
+        assert step.request.route == "/"

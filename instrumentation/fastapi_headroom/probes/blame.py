@@ -18,7 +18,7 @@ from itertools import dropwhile
 from pathlib import Path
 from statistics import median
 from types import CodeType, FrameType, FunctionType
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from fastapi_headroom.ledger import Ledger
 
@@ -184,9 +184,16 @@ def endpoint_of(frames: Iterable[FrameType]) -> str | None:
         if frame.f_globals.get("__name__") in _ROUTERS and "scope" in frame.f_code.co_varnames:
             scope = frame.f_locals.get("scope")
             endpoint = scope.get("endpoint") if isinstance(scope, MutableMapping) else None
-            function = unwrap(endpoint) if callable(endpoint) else None
-            if isinstance(function, FunctionType) and owner_of(function.__code__.co_filename) == "user":
-                return _site(function.__module__, function.__code__)
+            if (site := site_of_endpoint(endpoint)) is not None:
+                return site
+    return None
+
+
+def site_of_endpoint(endpoint: Any) -> str | None:
+    """Return the site of an endpoint, if it is a function of the user's."""
+    function = unwrap(endpoint) if callable(endpoint) else None
+    if isinstance(function, FunctionType) and owner_of(function.__code__.co_filename) == "user":
+        return _site(function.__module__, function.__code__)
     return None
 
 

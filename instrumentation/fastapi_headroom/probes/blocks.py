@@ -134,7 +134,7 @@ class Account:
             return
         self._logged_at = now
         sample, losses = block.sample, block.losses()
-        request = sample.ledger if sample is not None else None
+        request = block.request or (sample.ledger if sample is not None else None)
         route = f" while serving {request.route}" if request is not None and request.route else ""
         several = "request" if len(losses) == 1 else "requests"
         flight = f"; {len(losses)} {several} in flight lost {sum(losses):.3f} s together" if losses else ""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import replace
 from typing import Final
 
+from fastapi_headroom.holds import steps_of
 from fastapi_headroom.ledger import Ledger
-from fastapi_headroom.probes import procfs
+from fastapi_headroom.probes import procfs, routes
 from fastapi_headroom.probes.blame import (
     UNKNOWN,
     Cause,
     Evidence,
     Sample,
     cause_of,
-    endpoint_of,
     most_common,
-    outwards,
+    site_of_endpoint,
 )
 from fastapi_headroom.probes.blocks import Block, in_flight
 from fastapi_headroom.probes.held import Held
@@ -68,13 +67,36 @@ class Judge:
             # The collector itself took the time, and no look came until a finalizer ran, or all was over.
             sample = self._collecting(held.earliest, after.at) or sample
             site = UNKNOWN if sample is None else sample.site
-        return Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
+        block = Block(held.began, max(held.began, after.at), site, cause, sample, held.requests | in_flight(), starved)
+        return self._named(block) if site == UNKNOWN and cause in ("python", "native", "io") else block
 
-    def unseen(self, beat: Beat, after: Clocks, step: tuple[float, Ledger], sample: Sample | None) -> Block | None:
+    def of_a_request(self, beat: Beat, after: Clocks, lacked: float) -> Block | None:
+        """Return the block that a request's step was, between ``beat`` and ``after``, though nobody could look.
+
+        It computed, and was long enough without the ``lacked`` seconds in which the watchdog got no CPU, as it may not
+        have got one either.
+        """
+        step = self._longest_step(beat.clocks.at, after.at)
+        if step is None:
+            return None
+        began, ended, request = step
+        block = self.unseen(beat, after._replace(at=ended - lacked), (began, request), None, _site_for(request))
+        if block is None or block.cause not in ("python", "native", "gc"):
+            return None
+        return replace(block, ended=ended, starved=block.starved + lacked, requests=block.requests | {request})
+
+    def unseen(
+        self,
+        beat: Beat,
+        after: Clocks,
+        step: tuple[float, Ledger],
+        sample: Sample | None,
+        site: str | None = None,
+    ) -> Block | None:
         """Return the block that a request's step was, up to ``after``, when nobody could look while it lasted.
 
-        Call it within that step. ``step`` is when it began and whose it is, ``sample`` what was found when it was
-        possible to look again. None when the step was shorter than a block, or long only for want of a CPU.
+        ``step`` is when it began and whose it is, ``sample`` what was found when it was possible to look again, and
+        ``site`` what is known without. None when the step was shorter than a block, or long only for want of a CPU.
         """
         began, request = step
         before = beat.clocks
@@ -96,9 +118,30 @@ class Judge:
         cause = cause_of(evidence, ())
         if cause == "gc":
             sample = self._collecting(began, after.at) or sample
-        # What it called has returned; for whom it was called is still on the stack.
-        site = (endpoint_of(outwards(sys._getframe())) or UNKNOWN) if sample is None else sample.site
+        site = (site or UNKNOWN) if sample is None else sample.site
         return Block(began, after.at, site, cause, sample, in_flight(), starved, request)
+
+    def _named(self, block: Block) -> Block:
+        """Return a block that no look found at work, as the step of the request that took most of it, if one did."""
+        step = self._longest_step(block.began, block.ended)
+        if step is None or step[1] - step[0] < block.seconds / 2:
+            return block
+        request = step[2]
+        return replace(
+            block, site=_site_for(request), sample=None, request=request, requests=block.requests | {request}
+        )
+
+    def _longest_step(self, began: float, ended: float) -> tuple[float, float, Ledger] | None:
+        """Return the longest step of a request between two moments: when it began and ended there, and whose it is."""
+        if self._pulse is None:
+            return None
+        ahead = time.perf_counter() - time.monotonic()  # steps are timed by the former
+        steps = [
+            (max(began, step.began - ahead), min(ended, step.ended - ahead), step.request)
+            for step in steps_of(self._pulse.loop)
+        ]
+        longest = max(steps, key=lambda step: step[1] - step[0], default=None)
+        return None if longest is None or longest[1] <= longest[0] else longest
 
     def _collecting(self, began: float, ended: float) -> Sample | None:
         """Return the code for which the garbage collector ran between two moments."""
@@ -141,6 +184,11 @@ def _evidence(held: Held, after: Clocks, starved: float, lacked: float) -> Evide
         waits_for_lock=held.waits_for_lock,
         wakes=held.wakes(after),
     )
+
+
+def _site_for(request: Ledger) -> str:
+    """Return the site of the endpoint that served a request, ``unknown`` for none of the user's."""
+    return site_of_endpoint(routes.endpoint_of(request.app, request.route, request.method)) or UNKNOWN
 
 
 def _cpu_of_threads() -> dict[int, float]:

@@ -26,8 +26,25 @@ Failed = Callable[[BaseException], None]
 Wrap = Callable[[Handle, Failed], Handle]
 
 
-def templates(routes: Iterable[Any], prefix: str = "", *, websocket: bool = False) -> Iterator[str]:
+def templates(routes: Iterable[Any], *, websocket: bool = False) -> Iterator[str]:
     """Yield the templates of an app's HTTP (or WebSocket) routes: included routers, mounts and sub-apps too."""
+    return (template for template, _ in _served(routes, websocket=websocket))
+
+
+def endpoint_of(app: Any, template: str, method: str) -> Any:
+    """Return the endpoint that an app serves a method of a template with; None where nobody knows.
+
+    A walk through all routes: for what happens now and then.
+    """
+    for found, route in _served(getattr(app, "routes", None) or ()):
+        methods = getattr(route, "methods", None)
+        if found == template and (not methods or method in methods):
+            return getattr(route, "endpoint", None)
+    return None
+
+
+def _served(routes: Iterable[Any], prefix: str = "", *, websocket: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield the templates, and what serves each."""
     for route in routes:
         contexts = getattr(route, "effective_route_contexts", None)
         if contexts is not None:
@@ -36,19 +53,19 @@ def templates(routes: Iterable[Any], prefix: str = "", *, websocket: bool = Fals
                 source = context.starlette_route
                 if source is None:
                     if not websocket and context.path_format:
-                        yield prefix + context.path_format
+                        yield prefix + context.path_format, context.original_route
                 else:
-                    yield from templates((source,), prefix, websocket=websocket)
+                    yield from _served((source,), prefix, websocket=websocket)
         elif isinstance(route, routing.Mount):
             inner = prefix + route.path_format.removesuffix(REST)
             if route.routes:
-                yield from templates(route.routes, inner, websocket=websocket)
+                yield from _served(route.routes, inner, websocket=websocket)
             elif not websocket:
-                yield inner + REST
+                yield inner + REST, route
         elif isinstance(route, routing.Host):
-            yield from templates(route.routes, prefix, websocket=websocket)
+            yield from _served(route.routes, prefix, websocket=websocket)
         elif isinstance(route, routing.WebSocketRoute if websocket else routing.Route):
-            yield prefix + route.path_format
+            yield prefix + route.path_format, route
 
 
 def _note_mount(mount: Any, scope: Any, ledger: Ledger) -> None:

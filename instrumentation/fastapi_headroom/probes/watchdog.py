@@ -21,7 +21,7 @@ from typing import Final
 from fastapi_headroom.ledger import Ledger
 from fastapi_headroom.probes import procfs
 from fastapi_headroom.probes.base import Guard
-from fastapi_headroom.probes.blame import Look, Sample, look_at
+from fastapi_headroom.probes.blame import Look, Sample, endpoint_of, look_at, outwards
 from fastapi_headroom.probes.blocks import Block, Reporter
 from fastapi_headroom.probes.file_calls import FileCalls
 from fastapi_headroom.probes.foreign_frames import walking
@@ -151,7 +151,9 @@ class Watchdog(threading.Thread):
             return found  # the loop has gone on since
         latest = self._latest
         sample = latest[1] if latest is not None and latest[0] is beat else None
-        block = self._judge.unseen(beat, self.pulse.clocks(now), step, sample)
+        # What it called has returned; for whom it was called is still on the stack.
+        site = endpoint_of(outwards(sys._getframe()))
+        block = self._judge.unseen(beat, self.pulse.clocks(now), step, sample, site)
         if block is not None:
             found.append(block)
         return found
@@ -357,7 +359,7 @@ class Watchdog(threading.Thread):
         elif held is None or self._steps == 0:
             self._unseen(ended, held)
         elif self._unclear or clocks.ready - beat.clocks.ready >= self._threshold / 4:
-            self._over(starved_block(beat, clocks))  # else many short steps, of which none is to blame
+            self._nobodys(ended)  # else many short steps, of which none is to blame
         self._settle()
 
     def _unseen(self, ended: Ended, held: Held | None) -> None:
@@ -372,7 +374,13 @@ class Watchdog(threading.Thread):
         if held.late >= self._threshold / 2 and held.own(clocks, self._lack) >= self._threshold:
             self._report(held, clocks)
         else:
-            self._over(starved_block(beat, clocks))
+            self._nobodys(ended)
+
+    def _nobodys(self, ended: Ended) -> None:
+        """Report a block for which nothing that was seen can be blamed: a step of a request, if that was so long."""
+        lack, before = self._lack, self._lack_settled
+        lacked = lack.waiting - before.waiting + lack.looking - before.looking
+        self._over(self._judge.of_a_request(*ended, lacked) or starved_block(*ended))
 
     def _abandon(self) -> None:
         """Report a block after which the loop did not run again."""
