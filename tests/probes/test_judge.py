@@ -41,7 +41,8 @@ def sample(site: str) -> Sample:
 def test_what_a_thread_computed_before_the_watch_began_is_not_counted() -> None:
     """When the first look of all fell into the block, an old thread that now waits is not taken for the one at work."""
     with a_thread(0.3) as old:
-        judge = Judge(0.1)
+        pulse: Any = None  # not asked who kept the GIL
+        judge = Judge(0.1, pulse)
         held: Any = SimpleNamespace(earliest=time.monotonic(), culprit=None)
         with a_thread(0.2) as young:
             judge.look_at_threads()  # all was well, it seemed, and the block had begun

@@ -31,7 +31,7 @@ MOST_THREADS: Final = 64
 class Judge:
     """Makes blocks of steps. ``threshold`` is in seconds."""
 
-    def __init__(self, threshold: float, pulse: Pulse | None = None) -> None:
+    def __init__(self, threshold: float, pulse: Pulse) -> None:
         """``pulse`` is that of the loop, and knows for which code the garbage collector ran."""
         self._threshold, self._pulse = threshold, pulse
         self.elsewhere: dict[int, Sample] = {}
@@ -133,8 +133,6 @@ class Judge:
 
     def _longest_step(self, began: float, ended: float) -> tuple[float, float, Ledger] | None:
         """Return the longest step of a request between two moments: when it began and ended there, and whose it is."""
-        if self._pulse is None:
-            return None
         ahead = time.perf_counter() - time.monotonic()  # steps are timed by the former
         steps = [
             (max(began, step.began - ahead), min(ended, step.ended - ahead), step.request)
@@ -145,7 +143,7 @@ class Judge:
 
     def _collecting(self, began: float, ended: float) -> Sample | None:
         """Return the code for which the garbage collector ran between two moments."""
-        last = None if self._pulse is None else self._pulse.collection
+        last = self._pulse.collection
         return last.sample if last is not None and began <= last.began <= ended else None
 
     def _find_culprit(self, held: Held, least: float) -> Sample | None:
@@ -188,7 +186,7 @@ def _evidence(held: Held, after: Clocks, starved: float, lacked: float) -> Evide
 
 def _site_for(request: Ledger) -> str:
     """Return the site of the endpoint that served a request, ``unknown`` for none of the user's."""
-    return site_of_endpoint(routes.endpoint_of(request.app, request.route, request.method)) or UNKNOWN
+    return site_of_endpoint(routes.find_endpoint(request.app, request.route, request.method)) or UNKNOWN
 
 
 def _cpu_of_threads() -> dict[int, float]:

@@ -167,9 +167,8 @@ class Pulse:
             return
         if phase == "start":
             self._collection_began = time.monotonic()
-            frame = sys._getframe().f_back  # None while the interpreter ends
-            if frame is not None and info["generation"] == OLDEST:
-                self._remember_collection(frame)
+            if info["generation"] == OLDEST and (frame := sys._getframe().f_back) is not None:
+                self._remember_collection(frame)  # there is no frame while the interpreter ends
         elif self._collection_began:
             self._collected += time.monotonic() - self._collection_began
             self._collection_began = 0.0

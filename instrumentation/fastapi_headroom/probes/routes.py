@@ -31,7 +31,7 @@ def templates(routes: Iterable[Any], *, websocket: bool = False) -> Iterator[str
     return (template for template, _ in _served(routes, websocket=websocket))
 
 
-def endpoint_of(app: Any, template: str, method: str) -> Any:
+def find_endpoint(app: Any, template: str, method: str) -> Any:
     """Return the endpoint that an app serves a method of a template with; None where nobody knows.
 
     A walk through all routes: for what happens now and then.
