@@ -7,8 +7,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,28 @@ async def measured(**settings: Any) -> AsyncIterator[tuple[Writer, LoopProbe]]:
     finally:
         probe.close()
         gc.enable()
+
+
+def burn(stopped: threading.Event) -> None:
+    """Compute in Python, which gives way each 5 ms to one of those who wait for the GIL."""
+    while not stopped.is_set():
+        for _ in range(1000):
+            pass
+
+
+@contextmanager
+def convoy(threads: int, work: Callable[[threading.Event], None] = burn) -> Iterator[None]:
+    """Let threads of this process compute; ``work`` is told by the event when to stop."""
+    stopped = threading.Event()
+    started = [threading.Thread(target=work, args=(stopped,)) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        for thread in started:
+            thread.join()
 
 
 def objects_that_take(seconds: float) -> list[list[Any]]:

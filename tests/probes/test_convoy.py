@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 
-from tests.probes.loops import RUNS, Run, measured, verdicts
+from tests.probes.loops import RUNS, Run, convoy, measured, verdicts
 
 pytestmark = pytest.mark.alone
 
@@ -19,28 +17,6 @@ pytestmark = pytest.mark.alone
 @pytest.fixture(params=list(RUNS))
 def run(request: pytest.FixtureRequest) -> Run:
     return RUNS[request.param]
-
-
-def burn(stopped: threading.Event) -> None:
-    """Compute in Python, which gives way each 5 ms to one of those who wait for the GIL."""
-    while not stopped.is_set():
-        for _ in range(1000):
-            pass
-
-
-@contextmanager
-def convoy(threads: int) -> Iterator[None]:
-    """Let threads of this process compute."""
-    stopped = threading.Event()
-    started = [threading.Thread(target=burn, args=(stopped,)) for _ in range(threads)]
-    for thread in started:
-        thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        for thread in started:
-            thread.join()
 
 
 def blamed(run: Run, fault: Callable[[], Awaitable[None]]) -> tuple[str, str]:

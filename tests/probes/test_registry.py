@@ -26,7 +26,7 @@ from fastapi_headroom.probes.registry import RegistrySnapshot
 from fastapi_headroom.store.reader import Reader
 from fastapi_headroom.store.writer import Writer
 from fastapi_headroom.testing import capture_metrics
-from tests.support.measured import eventually
+from tests.support.measured import compute, eventually
 
 
 class Custom:
@@ -275,9 +275,7 @@ def test_it_rests_in_proportion_to_what_a_look_costs(register: Any, snapshot: Sn
 
     def burn() -> None:
         looks.append(time.monotonic())
-        end = time.thread_time() + 0.02
-        while time.thread_time() < end:
-            pass
+        compute(0.02)
 
     slow.before = burn
     deadline = time.monotonic() + 5

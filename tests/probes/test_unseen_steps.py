@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -15,11 +12,9 @@ from fastapi import APIRouter, FastAPI
 from fastapi_headroom.driver import Driven
 from fastapi_headroom.holds import steps_of
 from fastapi_headroom.ledger import Ledger
-from fastapi_headroom.probes.pulse import Beat
-from fastapi_headroom.probes.watchdog import Watchdog
-from tests.probes.loops import RUNS, Run, measured, verdicts
-from tests.probes.test_few_looks import Told, end, look, watchdog
-from tests.support.measured import Measured
+from tests.probes.looks import Told, finish, watchdog
+from tests.probes.loops import RUNS, Run, convoy, measured, verdicts
+from tests.support.measured import Measured, compute
 
 pytestmark = pytest.mark.alone
 
@@ -42,41 +37,14 @@ def make_app() -> FastAPI:
     return app
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Threads that compute for 4 ms now and then: when somebody lets go of the GIL, one of them may be the next."""
-    done = threading.Event()
-
-    def compute() -> None:
-        while not done.wait(0.012):
-            began = time.thread_time()
-            while time.thread_time() - began < 0.004:
-                pass
-
-    running = [threading.Thread(target=compute) for _ in range(number)]
-    for thread in running:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        for thread in running:
-            thread.join()
-
-
-def finish(watching: Watchdog) -> None:
-    """End the late beat as the heartbeat does, which is at once on time again, and have the watchdog see to it."""
-    pulse = watching.pulse
-    end(pulse)
-    now = time.monotonic()
-    pulse.beat = Beat(pulse.clocks(now), now + 0.016)
-    look(watching)
+def now_and_then(stopped: threading.Event) -> None:
+    """Compute for 4 ms of 16: when somebody lets go of the GIL, this thread may be the next to have it."""
+    while not stopped.wait(0.012):
+        compute(0.004)
 
 
 async def compute_for(seconds: float) -> None:
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
-        pass
+    compute(seconds)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.2])
@@ -150,7 +118,7 @@ def test_calls_that_keep_the_gil_are_named_beside_busy_threads(run: Run) -> None
         finally:
             app.probe.close()
 
-    with threads(2):
+    with convoy(2, now_and_then):
         found = run(main())
     computing = {site: seconds for (site, cause), seconds in found.items() if cause in ("native", "python")}
     named = sum(seconds for site, seconds in computing.items() if "make_app.report" in site)

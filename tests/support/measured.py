@@ -138,6 +138,13 @@ def best_of(measure: Callable[[], Result], right: Callable[[Result], bool], trie
     return found
 
 
+def compute(seconds: float) -> None:
+    """Use so much CPU time on this thread, in Python code."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def busy(seconds: float) -> None:
     """Hold the thread."""
     end = time.perf_counter() + seconds
