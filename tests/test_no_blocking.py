@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 from fastapi_headroom import pytest_plugin
 from fastapi_headroom.errors import SettingsError
 from fastapi_headroom.testing import assert_no_blocking
-from tests.probes.loops import RUNS, Run, robbed_during
+from tests.probes.loops import RUNS, Run, objects_that_take, robbed_during
 from tests.support.measured import best_of, busy
 
 pytestmark = pytest.mark.alone
@@ -142,6 +142,29 @@ def test_free_and_busy_loops_pass(run: Run) -> None:
             await nothing_blocks()
 
     run(main())
+
+
+def test_what_it_does_itself_to_begin_is_not_the_tests(run: Run) -> None:
+    """The loops that run are looked for among all objects there are, which takes a while, and no block of anybody's."""
+    objects = objects_that_take(0.4)
+
+    async def main() -> None:
+        with assert_no_blocking(threshold_ms=50):
+            await asyncio.sleep(0)
+
+    run(main())
+    del objects
+
+
+def test_loop_that_the_collector_does_not_know_is_watched(run: Run) -> None:
+    """The loop of the test itself is watched, also after a gc.freeze()."""
+
+    async def main() -> None:
+        gc.freeze()
+        with assert_no_blocking(threshold_ms=50):
+            await sleep_at_once()
+
+    assert f"{HERE}:sleep_at_once:" in failure_of(run, main)
 
 
 def test_starved_process_passes() -> None:

@@ -48,10 +48,10 @@ class Vigil:
         """Watch the loops that run, and each that is run from now on."""
         _keeping.append(self)
         _wrap_loops()
-        own = asyncio._get_running_loop()
+        own, running = asyncio._get_running_loop(), _running_loops()  # found before anything is timed: it takes a while
         if own is not None:  # the collector does not know it after a gc.freeze()
             self.watch(own, here=True)
-        for loop in _running_loops():
+        for loop in running:
             self.watch(loop)
 
     def stop(self) -> list[Block]:
